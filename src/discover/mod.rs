@@ -1,0 +1,27 @@
+//! What a role's sessions are, as a stream of changes.
+//!
+//! Discovery lists at a revision, watches from the next one, and reconciles by key and generation. A
+//! broken watch is never patched: the last known set is kept, marked stale, and on return there is a new
+//! list, a diff, and a watch from the list's revision + 1.
+
+mod tower_adapter;
+
+use crate::error::SharedError;
+pub use tower::discover::Change;
+pub use tower_adapter::FromTower;
+
+/// One word of discovery to a pool.
+///
+/// [`Change`] is tower's own; the other two say what it cannot: that the set is complete, or that it is
+/// only the last known.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Update<K, V> {
+    /// An instance came or changed, or went. Inserting a key that is there changes what is said of that
+    /// instance; its connection stays. An instance that is another has another key.
+    Change(Change<K, V>),
+    /// What has been said up to here is all there is now.
+    Synced,
+    /// Discovery fails for now; what was said before is kept.
+    Stale(SharedError),
+}

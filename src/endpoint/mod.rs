@@ -1,0 +1,13 @@
+//! One peer: how it is connected, how loaded it is, and the guard that a response body holds.
+//!
+//! An endpoint stands for one *generation* of one session. It dials in a task of its own, and lives
+//! until its session is gone; a session that comes back is another endpoint, even at the same address.
+
+mod connect;
+pub(crate) mod load;
+pub(crate) mod task;
+
+pub(crate) use connect::Dialing;
+pub use connect::{BoxFuture, Connect, Connected, Given, Hand, Lifeline, Target};
+
+pub use crate::error::{BoxError, Peer, SharedError};

@@ -1,0 +1,286 @@
+//! The task of one endpoint: dial, stay connected, dial again, give up, probe.
+
+use std::{
+    panic::AssertUnwindSafe,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures_util::FutureExt as _;
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    time,
+};
+
+use super::{Connect, Connected, Dialing, Lifeline, Target};
+use crate::{
+    error::{BoxError, Error, Kind, SharedError},
+    pool::snapshot::Ready,
+};
+
+/// What an endpoint tells its driver.
+#[derive(Debug)]
+pub(crate) enum Event<S> {
+    /// An attempt begins; `first` since it was registered or since its connection was lost.
+    Connecting { first: bool },
+    /// It takes calls.
+    Connected(Arc<Ready<S>>),
+    /// Its connection is gone; an attempt, or an event of a failure, follows at once.
+    Lost { why: SharedError },
+    /// An attempt failed, the `attempts`-th in a row; `offline` when it was the last.
+    Failed {
+        why: SharedError,
+        attempts: u32,
+        offline: bool,
+    },
+}
+
+/// What a driver tells an endpoint; the last word counts.
+#[derive(Clone, Debug, Default)]
+pub(crate) enum Command {
+    #[default]
+    Run,
+    /// Takes no new calls, and closes when those in flight are done or the drain bound has passed.
+    Drain,
+    /// Fails the calls in flight with an error of this kind, and ends.
+    Close(Kind),
+}
+
+/// The task's means. Events go out under `key`.
+pub(crate) struct Endpoint<T, C: Connect<T>> {
+    pub(crate) key: u64,
+    pub(crate) target: Arc<T>,
+    pub(crate) connect: Arc<C>,
+    pub(crate) dialing: Dialing,
+    pub(crate) events: mpsc::UnboundedSender<(u64, Event<C::Service>)>,
+    pub(crate) commands: watch::Receiver<Command>,
+    /// The registry has spoken of this session again: dial now.
+    pub(crate) nudge: Arc<Notify>,
+    /// Connections that take no new calls and are finishing their own.
+    pub(crate) retired: Vec<Arc<dyn Lifeline>>,
+}
+
+/// Words of the registry that come faster than this are taken together: each of them dials.
+const NUDGES: Duration = Duration::from_secs(1);
+
+impl<T: Target, C: Connect<T>> Endpoint<T, C> {
+    /// Runs until told to end. Aborting it (the driver is gone) drops its hold on the connection, which
+    /// then closes as its last call ends.
+    pub(crate) async fn run(mut self) {
+        // Failures in a row. A connection that breaks before it was of use, and before the first backoff
+        // would be over, is one too, or a peer that accepts and hangs up would be dialled in a busy
+        // loop; once is forgiven.
+        let mut attempts: u32 = 0;
+        let mut forgive = true;
+        let mut first = true;
+        let mut last_nudge = None;
+        loop {
+            // Connecting => (Connected | Failed | ended)
+            self.tell(Event::Connecting { first });
+            first = false;
+            let why = match self.attempt().await {
+                Err(Ended(command)) => return self.end(command, None).await,
+                Ok(Err(why)) => why,
+                Ok(Ok(Connected { service, lifeline })) => {
+                    let since = Instant::now();
+                    // Connected => (Lost | ended)
+                    let why = match self.serve(service, lifeline.as_ref()).await {
+                        Err(Ended(command)) => return self.end(command, lifeline).await,
+                        Ok(why) => why,
+                    };
+                    let why: SharedError = Arc::new(why);
+                    self.tell(Event::Lost { why: why.clone() });
+                    let served = lifeline.as_ref().is_some_and(|l| l.has_served());
+                    if served || since.elapsed() >= self.dialing.backoff.initial() {
+                        attempts = 0;
+                        forgive = true;
+                    }
+                    self.retire(lifeline);
+                    if std::mem::take(&mut forgive) {
+                        // Lost => Connecting, at once.
+                        first = true;
+                        continue;
+                    }
+                    why
+                }
+            };
+
+            // Failed => (waiting | offline) => Connecting
+            attempts = attempts.saturating_add(1);
+            let offline = attempts >= self.dialing.attempts;
+            self.tell(Event::Failed {
+                why,
+                attempts,
+                offline,
+            });
+            let delay = if offline {
+                self.dialing.probe.map(|probe| probe.delay(0))
+            } else {
+                Some(self.dialing.backoff.delay(attempts - 1))
+            };
+            match self.pause(delay, last_nudge).await {
+                Err(Ended(command)) => return self.end(command, None).await,
+                Ok(Pause::Over) => {}
+                Ok(Pause::Nudged) => {
+                    // What failed before the registry spoke says little about what it spoke of.
+                    attempts = 0;
+                    last_nudge = Some(time::Instant::now());
+                }
+            }
+        }
+    }
+
+    async fn attempt(&mut self) -> Result<Result<Connected<C::Service>, SharedError>, Ended> {
+        let (connect, target) = (self.connect.clone(), self.target.clone());
+        // Inside the future, so that a connector that panics before its first await is caught too.
+        let dial = async move { connect.connect(&target).await };
+        let dial = AssertUnwindSafe(dial).catch_unwind();
+        let result = tokio::select! {
+            biased;
+            ended = ended(&mut self.commands) => return Err(ended),
+            result = time::timeout(self.dialing.attempt_timeout, dial) => result,
+        };
+        Ok(match result {
+            Ok(Ok(Ok(connected))) => Ok(connected),
+            Ok(Ok(Err(error))) => Err(Arc::from(error)),
+            Ok(Err(_panic)) => Err(Arc::from(BoxError::from("the connector panicked"))),
+            Err(_elapsed) => Err(Arc::from(BoxError::from(format!(
+                "not connected within {:?}",
+                self.dialing.attempt_timeout
+            )))),
+        })
+    }
+
+    /// Until the connection takes no more calls, with the reason.
+    async fn serve(
+        &mut self,
+        service: C::Service,
+        lifeline: Option<&Arc<dyn Lifeline>>,
+    ) -> Result<Error, Ended> {
+        let ready = Arc::new(Ready::new(service, self.target.peer(), self.key));
+        self.tell(Event::Connected(ready.clone()));
+        tokio::select! {
+            biased;
+            ended = ended(&mut self.commands) => Err(ended),
+            why = closed(lifeline) => {
+                ready.mark_down();
+                Ok(why)
+            }
+            () = ready.went_down() => {
+                // A service may say so an instant before its lifeline can say why.
+                let why = time::timeout(Duration::from_millis(5), closed(lifeline));
+                Ok(why.await.unwrap_or_else(|_| {
+                    Error::new(Kind::ConnectionLost).with_reason("it takes no new calls")
+                }))
+            }
+        }
+    }
+
+    /// Keeps the lifeline of a connection that may still be finishing calls, to end those too if the
+    /// session is deleted.
+    fn retire(&mut self, lifeline: Option<Arc<dyn Lifeline>>) {
+        self.retired.extend(lifeline);
+        self.retired
+            .retain(|lifeline| lifeline.closed().now_or_never().is_none());
+    }
+
+    /// Ends all connections as told, and returns when they are gone.
+    async fn end(mut self, command: Command, lifeline: Option<Arc<dyn Lifeline>>) {
+        self.retire(lifeline);
+        let kind = match command {
+            Command::Close(kind) => kind,
+            Command::Run | Command::Drain => {
+                let drained = async {
+                    tokio::select! {
+                        () = all_closed(&self.retired) => None,
+                        kind = closing(&mut self.commands) => Some(kind),
+                    }
+                };
+                match time::timeout(self.dialing.drain, drained).await {
+                    Ok(None) => return,
+                    Ok(Some(kind)) => kind,
+                    Err(_elapsed) => Kind::SessionDeleted,
+                }
+            }
+        };
+        for lifeline in &self.retired {
+            lifeline.close(Error::new(kind).with_peer(self.target.peer()));
+        }
+        let _ = time::timeout(Duration::from_secs(1), all_closed(&self.retired)).await;
+    }
+
+    async fn pause(
+        &mut self,
+        delay: Option<Duration>,
+        last_nudge: Option<time::Instant>,
+    ) -> Result<Pause, Ended> {
+        let sleep = async {
+            match delay {
+                Some(delay) => time::sleep(delay).await,
+                None => std::future::pending().await,
+            }
+        };
+        let nudged = async {
+            if let Some(last) = last_nudge {
+                time::sleep_until(last + NUDGES).await;
+            }
+            self.nudge.notified().await;
+        };
+        tokio::select! {
+            biased;
+            ended = ended(&mut self.commands) => Err(ended),
+            () = nudged => Ok(Pause::Nudged),
+            () = sleep => Ok(Pause::Over),
+        }
+    }
+
+    fn tell(&self, event: Event<C::Service>) {
+        // A failed send means that the driver is gone: this task is about to be aborted.
+        let _ = self.events.send((self.key, event));
+    }
+}
+
+/// Told to end, and how.
+struct Ended(Command);
+
+enum Pause {
+    Over,
+    Nudged,
+}
+
+async fn closed(lifeline: Option<&Arc<dyn Lifeline>>) -> Error {
+    match lifeline {
+        Some(lifeline) => lifeline.closed().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn all_closed(lifelines: &[Arc<dyn Lifeline>]) {
+    for lifeline in lifelines {
+        lifeline.closed().await;
+    }
+}
+
+/// The command to end, in whichever way. The end of the sender, which is the driver's, is one too.
+async fn ended(commands: &mut watch::Receiver<Command>) -> Ended {
+    let command = commands.wait_for(|command| !matches!(command, Command::Run));
+    Ended(match command.await {
+        Ok(command) => command.clone(),
+        Err(_) => Command::Drain,
+    })
+}
+
+/// The command to close, which may follow the one to drain.
+async fn closing(commands: &mut watch::Receiver<Command>) -> Kind {
+    loop {
+        match commands.changed().await {
+            Ok(()) => {
+                if let Command::Close(kind) = *commands.borrow_and_update() {
+                    return kind;
+                }
+            }
+            // The driver has let go of it: nobody is left to order it closed.
+            Err(_) => std::future::pending().await,
+        }
+    }
+}

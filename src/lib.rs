@@ -1,0 +1,13 @@
+//! switchboard
+
+pub mod backoff;
+pub mod discover;
+pub mod endpoint;
+pub mod error;
+pub mod pool;
+#[cfg(feature = "transport")]
+pub mod transport;
+
+pub use backoff::Backoff;
+pub use error::{Error, Kind, Sent};
+pub use pool::{Instance, Pool, WaitForReady};

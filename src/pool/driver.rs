@@ -1,0 +1,418 @@
+//! The writing half of a pool: one task that takes in what discovery and the endpoints say, and stores
+//! one snapshot for all that came in together.
+
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    panic::AssertUnwindSafe,
+    pin::pin,
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
+
+use futures_core::Stream;
+use futures_util::{FutureExt as _, StreamExt as _};
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    task::JoinSet,
+    time,
+};
+
+use super::{
+    service::Shared,
+    snapshot::{Entry, Phase, Ready, Resolution, Snapshot, Stale, State},
+};
+use crate::{
+    discover::{Change, Update},
+    endpoint::{
+        Connect, Target,
+        task::{Command, Endpoint, Event},
+    },
+    error::{BoxError, Kind, SharedError},
+};
+
+/// How much is taken in before a snapshot is stored, so that a flood delays what came before it by
+/// milliseconds at most.
+const BATCH: usize = 1024;
+
+pub(super) struct Driver<K, T, C: Connect<T>> {
+    shared: Arc<Shared<C::Service>>,
+    connect: Arc<C>,
+    /// The next snapshot, in the making.
+    next: Snapshot<C::Service>,
+    dirty: bool,
+    by_key: HashMap<K, u64>,
+    endpoints: HashMap<u64, Known<T, C::Service>>,
+    last_key: u64,
+    events: mpsc::UnboundedReceiver<(u64, Event<C::Service>)>,
+    events_tx: mpsc::UnboundedSender<(u64, Event<C::Service>)>,
+    tasks: JoinSet<()>,
+    /// Those whose sessions are gone and that are finishing their calls; `stop` ends them too.
+    draining: Vec<Task>,
+}
+
+/// An endpoint as its driver knows it.
+struct Known<T, S> {
+    target: Arc<T>,
+    state: State,
+    ready: Option<Arc<Ready<S>>>,
+    /// Where it stands in `next.ready`, if it takes anybody's calls.
+    index: Option<usize>,
+    /// None while it is barred.
+    task: Option<Task>,
+}
+
+struct Task {
+    commands: watch::Sender<Command>,
+    nudge: Arc<Notify>,
+}
+
+impl<K, T, C> Driver<K, T, C>
+where
+    K: Hash + Eq + Send + 'static,
+    T: Target,
+    C: Connect<T>,
+{
+    pub(super) fn new(shared: Arc<Shared<C::Service>>, connect: C) -> Self {
+        let (events_tx, events) = mpsc::unbounded_channel();
+        Self {
+            shared,
+            connect: Arc::new(connect),
+            next: Snapshot::empty(),
+            dirty: false,
+            by_key: HashMap::new(),
+            endpoints: HashMap::new(),
+            last_key: 0,
+            events,
+            events_tx,
+            tasks: JoinSet::new(),
+            draining: Vec::new(),
+        }
+    }
+
+    /// Runs until `stop` says so, or until it is dropped with all it spawned.
+    pub(super) async fn run(
+        mut self,
+        updates: impl Stream<Item = Update<K, Arc<T>>>,
+        mut stop: watch::Receiver<bool>,
+    ) {
+        // A user's stream that panics ends, as far as this task is concerned; what it said stays true.
+        let mut updates = pin!(updates);
+        let mut over = false;
+        loop {
+            // Whichever has something; then all that is there besides, up to a bound for each, and one
+            // snapshot.
+            tokio::select! {
+                biased;
+                _ = stop.wait_for(|stop| *stop) => break,
+                Some((key, event)) = self.events.recv() => self.on_event(key, event),
+                update = AssertUnwindSafe(updates.next()).catch_unwind(), if !over => {
+                    over = !self.on_update(update);
+                }
+                Some(_) = self.tasks.join_next() => continue,
+            }
+            let (mut events, mut changes) = (BATCH, BATCH);
+            while events > 0
+                && let Ok((key, event)) = self.events.try_recv()
+            {
+                self.on_event(key, event);
+                events -= 1;
+            }
+            while changes > 0
+                && !over
+                && let Some(update) = AssertUnwindSafe(updates.next())
+                    .catch_unwind()
+                    .now_or_never()
+            {
+                over = !self.on_update(update);
+                changes -= 1;
+            }
+            self.publish();
+            if events == 0 || changes == 0 {
+                tokio::task::yield_now().await;
+            }
+        }
+        self.stop().await;
+    }
+
+    async fn stop(mut self) {
+        self.close();
+        let ended = async { while self.tasks.join_next().await.is_some() {} };
+        // Dropping the set aborts what is left.
+        let _ = time::timeout(time::Duration::from_secs(2), ended).await;
+    }
+
+    /// False when there is nothing more to come.
+    fn on_update(
+        &mut self,
+        update: Result<Option<Update<K, Arc<T>>>, Box<dyn std::any::Any + Send>>,
+    ) -> bool {
+        match update {
+            Ok(Some(Update::Change(Change::Insert(key, target)))) => self.insert(key, target),
+            Ok(Some(Update::Change(Change::Remove(key)))) => self.remove(&key),
+            Ok(Some(Update::Synced)) => {
+                self.next.resolution = Resolution::Known { stale: None };
+                self.dirty = true;
+            }
+            Ok(Some(Update::Stale(why))) => self.stale(why),
+            // The end: what is known is all there will be.
+            Ok(None) => {
+                if matches!(self.next.resolution, Resolution::Pending) {
+                    self.next.resolution = Resolution::Known { stale: None };
+                    self.dirty = true;
+                }
+                return false;
+            }
+            Err(_panic) => {
+                tracing::error!(role = %self.shared.role, "the discovery stream panicked; the last known set is kept");
+                self.stale(Arc::from(BoxError::from("the discovery stream panicked")));
+                return false;
+            }
+        }
+        true
+    }
+
+    fn stale(&mut self, why: SharedError) {
+        tracing::warn!(role = %self.shared.role, error = %why, "discovery failed; the last known set is kept");
+        self.next.resolution = match &self.next.resolution {
+            Resolution::Pending | Resolution::Failed(_) => Resolution::Failed(why),
+            Resolution::Known { stale } => Resolution::Known {
+                stale: Some(Stale {
+                    since: stale.as_ref().map_or_else(SystemTime::now, |s| s.since),
+                    why,
+                }),
+            },
+            Resolution::Stopped => Resolution::Stopped,
+        };
+        self.dirty = true;
+    }
+
+    fn insert(&mut self, key: K, target: Arc<T>) {
+        let Some(&number) = self.by_key.get(&key) else {
+            self.last_key += 1;
+            let number = self.last_key;
+            self.by_key.insert(key, number);
+            let task = (target.barred().is_none()).then(|| self.spawn(number, &target));
+            let phase = match task {
+                Some(_) => Phase::Connecting,
+                None => Phase::Barred,
+            };
+            let known = Known {
+                target,
+                state: State::new(phase),
+                ready: None,
+                index: None,
+                task,
+            };
+            self.endpoints.insert(number, known);
+            self.show(number, None);
+            return;
+        };
+        // The same generation: its connection stays, what is said of it changes.
+        let Some(known) = self.endpoints.get_mut(&number) else {
+            return;
+        };
+        known.target = target.clone();
+        let before = known.state.phase;
+        match (target.barred().is_some(), &known.task) {
+            (true, Some(_)) => {
+                known.end(Command::Close(Kind::SessionDeleted));
+                known.task = None;
+                known.state = State::new(Phase::Barred);
+                if let Some(ready) = known.ready.take() {
+                    ready.mark_down();
+                }
+            }
+            (false, None) => {
+                let task = self.spawn(number, &target);
+                if let Some(known) = self.endpoints.get_mut(&number) {
+                    known.task = Some(task);
+                    known.state = State::new(Phase::Connecting);
+                }
+            }
+            (false, Some(task)) => task.nudge.notify_one(),
+            (true, None) => {}
+        }
+        self.show(number, Some(before));
+    }
+
+    fn remove(&mut self, key: &K) {
+        let Some(number) = self.by_key.remove(key) else {
+            return;
+        };
+        let Some(mut known) = self.endpoints.remove(&number) else {
+            return;
+        };
+        if known.target.stopping() {
+            known.end(Command::Drain);
+            self.draining.retain(|task| !task.commands.is_closed());
+            self.draining.extend(known.task.take());
+        } else {
+            if let Some(ready) = &known.ready {
+                ready.mark_down();
+            }
+            known.end(Command::Close(Kind::SessionDeleted));
+        }
+        self.unlist(&mut known);
+        if known.state.phase == Phase::Connecting {
+            self.next.connecting -= 1;
+        }
+        // Another with the same id may have come before this one went.
+        let id = &known.target.peer().id;
+        if let Some(shown) = self.next.all.get(id)
+            && shown.target.peer() == known.target.peer()
+        {
+            self.next.all.remove(id);
+        }
+        self.dirty = true;
+    }
+
+    fn on_event(&mut self, key: u64, event: Event<C::Service>) {
+        let Some(known) = self.endpoints.get_mut(&key) else {
+            return;
+        };
+        if known.task.is_none() {
+            return;
+        }
+        let before = known.state.phase;
+        let peer = known.target.peer();
+        let now = SystemTime::now();
+        match event {
+            Event::Connecting { first } => {
+                let phase = if first { Phase::Connecting } else { Phase::Retrying };
+                if known.state.phase != phase {
+                    known.state.phase = phase;
+                    known.state.since = now;
+                }
+            }
+            Event::Connected(ready) => {
+                tracing::info!(%peer, "connected");
+                known.ready = Some(ready);
+                known.state = State::new(Phase::Ready);
+            }
+            Event::Lost { why } => {
+                tracing::warn!(%peer, error = %why, "connection lost");
+                known.ready = None;
+                known.state.phase = Phase::Retrying;
+                known.state.since = now;
+                known.state.last_error = Some((Instant::now(), why));
+            }
+            Event::Failed {
+                why,
+                attempts,
+                offline,
+            } => {
+                let phase = if offline { Phase::Offline } else { Phase::Retrying };
+                if known.state.phase != phase {
+                    tracing::warn!(%peer, error = %why, attempts, offline, "cannot connect");
+                    known.state.phase = phase;
+                    known.state.since = now;
+                }
+                known.state.attempts = attempts;
+                known.state.last_error = Some((Instant::now(), why));
+            }
+        }
+        self.show(key, Some(before));
+    }
+
+    fn spawn(&mut self, key: u64, target: &Arc<T>) -> Task {
+        let (commands_tx, commands) = watch::channel(Command::Run);
+        let nudge = Arc::new(Notify::new());
+        let endpoint = Endpoint {
+            key,
+            target: target.clone(),
+            connect: self.connect.clone(),
+            dialing: self.shared.config.dialing(),
+            events: self.events_tx.clone(),
+            commands,
+            nudge: nudge.clone(),
+            retired: Vec::new(),
+        };
+        self.tasks.spawn(endpoint.run());
+        Task {
+            commands: commands_tx,
+            nudge,
+        }
+    }
+
+    /// Brings the next snapshot up to what is known of this endpoint, whose phase was `before`.
+    fn show(&mut self, number: u64, before: Option<Phase>) {
+        let Some(mut known) = self.endpoints.remove(&number) else {
+            return;
+        };
+        let is = known.state.phase == Phase::Connecting;
+        let was = before == Some(Phase::Connecting);
+        match (was, is) {
+            (false, true) => self.next.connecting += 1,
+            (true, false) => self.next.connecting -= 1,
+            _ => {}
+        }
+        match &known.ready {
+            Some(ready) if !known.target.stopping() => match known.index {
+                Some(index) => self.next.ready.replace(index, ready.clone()),
+                None => known.index = Some(self.next.ready.push(ready.clone())),
+            },
+            _ => self.unlist(&mut known),
+        }
+        let entry = Arc::new(Entry {
+            target: known.target.clone(),
+            state: known.state.clone(),
+            ready: known.ready.clone(),
+        });
+        self.next.all.insert(&known.target.peer().id, entry);
+        self.endpoints.insert(number, known);
+        self.dirty = true;
+    }
+
+    /// Takes it out of the picks.
+    fn unlist(&mut self, known: &mut Known<T, C::Service>) {
+        if let Some(index) = known.index.take()
+            && let Some(moved) = self.next.ready.swap_remove(index)
+            && let Some(moved) = self.endpoints.get_mut(&moved.key)
+        {
+            moved.index = Some(index);
+        }
+    }
+
+    fn publish(&mut self) {
+        if std::mem::take(&mut self.dirty) {
+            self.shared.snapshot.store(Arc::new(self.next.clone()));
+            self.shared.changed.notify_waiters();
+        }
+    }
+}
+
+impl<K, T, C: Connect<T>> Driver<K, T, C> {
+    /// Ends every endpoint, and leaves a snapshot that says so and holds no service.
+    fn close(&mut self) {
+        for known in self.endpoints.values() {
+            if let Some(ready) = &known.ready {
+                ready.mark_down();
+            }
+            known.end(Command::Close(Kind::Stopped));
+        }
+        for task in self.draining.drain(..) {
+            task.commands.send_replace(Command::Close(Kind::Stopped));
+        }
+        self.endpoints.clear();
+        self.next = Snapshot::empty();
+        self.next.resolution = Resolution::Stopped;
+        self.shared.snapshot.store(Arc::new(self.next.clone()));
+        self.shared.changed.notify_waiters();
+    }
+}
+
+impl<K, T, C: Connect<T>> Drop for Driver<K, T, C> {
+    /// However the driver ends, nobody is left waiting for it.
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl<T, S> Known<T, S> {
+    fn end(&self, command: Command) {
+        if let Some(task) = &self.task {
+            task.commands.send_replace(command);
+        }
+    }
+}

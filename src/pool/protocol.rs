@@ -1,0 +1,166 @@
+//! What a pool has to know of requests and responses: the options of a call, and when a call is over.
+
+use std::{fmt, sync::Arc};
+
+use super::body::Body;
+use crate::{endpoint::load::Guard, error::Peer};
+
+/// How a pool reads its options from a request, and when a response is over.
+///
+/// [`Http`], the default, is for gRPC and everything else over `http` types; [`Plain`] is for any
+/// request and response at all.
+pub trait Protocol<Req, Res> {
+    /// What the pool answers: the response, with the call's guard where it belongs.
+    type Response;
+
+    /// The options that travel with a request.
+    fn options(request: &Req) -> Options<'_>;
+
+    /// Ties the end of the call to the end of its response.
+    fn track(response: Res, call: Call) -> Self::Response;
+}
+
+/// Calls over `http` types: options are request extensions ([`WaitForReady`], [`Instance`]), and a call is
+/// over when its response body is at its end, has failed or is dropped.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Http;
+
+/// Any request and response: no options per call, and a call is over when its response is there.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Plain;
+
+/// What a request asks of the pool; the pool's own configuration where it says nothing.
+#[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
+pub struct Options<'a> {
+    /// The one instance to go to.
+    pub instance: Option<&'a Instance>,
+    /// Whether to wait for a ready endpoint instead of failing fast.
+    pub wait_for_ready: Option<bool>,
+}
+
+/// Request extension: whether this call waits for a ready endpoint, up to
+/// [`PoolConfig::max_wait`](super::PoolConfig::max_wait), where it would otherwise fail at once.
+///
+/// ```
+/// # use switchboard::WaitForReady;
+/// let mut request = tonic::Request::new(());
+/// request.extensions_mut().insert(WaitForReady(true));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WaitForReady(pub bool);
+
+/// Request extension: the id of the one instance that this call may go to.
+///
+/// It goes there or fails; it is never executed by another, whoever has the address now.
+///
+/// ```
+/// # use switchboard::Instance;
+/// let mut request = tonic::Request::new(());
+/// request.extensions_mut().insert(Instance::from(7));
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Instance(pub(crate) Arc<str>);
+
+/// A call in flight: counted at its peer until dropped.
+#[derive(Debug)]
+pub struct Call {
+    pub(crate) guard: Guard<Peer>,
+}
+
+// === impl Http ===
+
+impl<B, R> Protocol<http::Request<B>, http::Response<R>> for Http {
+    type Response = http::Response<Body<R>>;
+
+    #[inline]
+    fn options(request: &http::Request<B>) -> Options<'_> {
+        let extensions = request.extensions();
+        Options {
+            instance: extensions.get(),
+            wait_for_ready: extensions.get().map(|WaitForReady(wait)| *wait),
+        }
+    }
+
+    #[inline]
+    fn track(response: http::Response<R>, call: Call) -> Self::Response {
+        response.map(|body| Body::new(body, call))
+    }
+}
+
+// === impl Plain ===
+
+impl<Req, Res> Protocol<Req, Res> for Plain {
+    type Response = Res;
+
+    #[inline]
+    fn options(_: &Req) -> Options<'_> {
+        Options::default()
+    }
+
+    #[inline]
+    fn track(response: Res, _: Call) -> Res {
+        response
+    }
+}
+
+// === impl Instance ===
+
+impl Instance {
+    /// The id.
+    pub fn id(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<&str> for Instance {
+    fn from(id: &str) -> Self {
+        Self(id.into())
+    }
+}
+
+impl From<String> for Instance {
+    fn from(id: String) -> Self {
+        Self(id.into())
+    }
+}
+
+impl From<Arc<str>> for Instance {
+    fn from(id: Arc<str>) -> Self {
+        Self(id)
+    }
+}
+
+impl From<&Arc<str>> for Instance {
+    fn from(id: &Arc<str>) -> Self {
+        Self(id.clone())
+    }
+}
+
+macro_rules! from_integers {
+    ($($integer:ty),*) => {$(
+        impl From<$integer> for Instance {
+            /// The decimal form, as it stands in the registry.
+            fn from(id: $integer) -> Self {
+                Self(id.to_string().into())
+            }
+        }
+    )*};
+}
+
+from_integers!(u32, u64, usize, i32, i64);
+
+impl fmt::Display for Instance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+// === impl Call ===
+
+impl Call {
+    /// The peer that it went to.
+    pub fn peer(&self) -> &Peer {
+        self.guard.of()
+    }
+}

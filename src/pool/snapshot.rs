@@ -1,0 +1,241 @@
+//! The immutable set of endpoints that calls are picked from, and what is known of each.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Instant, SystemTime},
+};
+
+use tokio::sync::Notify;
+
+use super::{
+    chunked::{ChunkedVec, IdMap},
+    pick,
+    protocol::Instance,
+};
+use crate::{
+    endpoint::{Target, load::Load},
+    error::{Error, Kind, Peer, SharedError, Trouble},
+};
+
+/// One role's endpoints at one moment.
+pub(crate) struct Snapshot<S> {
+    /// Those that take calls of anybody.
+    pub(crate) ready: ChunkedVec<Arc<Ready<S>>>,
+    /// All, by id: those too that are connecting, offline or stopping.
+    pub(crate) all: IdMap<Arc<Entry<S>>>,
+    /// How many of `all` have a first attempt under way, for which calls wait.
+    pub(crate) connecting: usize,
+    pub(crate) resolution: Resolution,
+}
+
+/// What discovery has said so far.
+#[derive(Clone, Debug)]
+pub(crate) enum Resolution {
+    /// Nothing yet: calls wait.
+    Pending,
+    /// It failed before it ever answered: calls fail, saying so.
+    Failed(SharedError),
+    /// It has answered. `stale` since then and because of that, if it is failing now.
+    Known { stale: Option<Stale> },
+    /// The pool was stopped.
+    Stopped,
+}
+
+/// Since when, and why, the last known set is all there is.
+#[derive(Clone, Debug)]
+pub(crate) struct Stale {
+    pub(crate) since: SystemTime,
+    pub(crate) why: SharedError,
+}
+
+/// An endpoint that is connected: one for each connection that it has in its life.
+pub(crate) struct Ready<S> {
+    pub(crate) service: S,
+    pub(crate) load: Load<Peer>,
+    pub(crate) key: u64,
+    // Set by the first call that finds the service done for. Later picks pass it by at once, without
+    // waiting for the driver: a dead peer has no load, and would attract them all.
+    down: AtomicBool,
+    went_down: Notify,
+}
+
+/// What is known of one endpoint; replaced at each change of its state.
+pub(crate) struct Entry<S> {
+    pub(crate) target: Arc<dyn Target>,
+    pub(crate) state: State,
+    pub(crate) ready: Option<Arc<Ready<S>>>,
+}
+
+/// An endpoint's connectivity.
+#[derive(Clone, Debug)]
+pub(crate) struct State {
+    pub(crate) phase: Phase,
+    pub(crate) since: SystemTime,
+    pub(crate) attempts: u32,
+    /// The last failure, kept until the endpoint has been connected for a while.
+    pub(crate) last_error: Option<(Instant, SharedError)>,
+}
+
+/// The phases of [`State`]; gRPC's connectivity states, with the two kinds of failure told apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// The first attempt since it was registered, or since its connection was lost: calls wait for it.
+    Connecting,
+    /// Connected.
+    Ready,
+    /// A later attempt, or between attempts.
+    Retrying,
+    /// Given up but for the slow probe and the registry's next word.
+    Offline,
+    /// Not to be called, see [`Target::barred`].
+    Barred,
+}
+
+// === impl Snapshot ===
+
+impl<S> Snapshot<S> {
+    pub(crate) fn empty() -> Self {
+        Self {
+            ready: ChunkedVec::new(),
+            all: IdMap::new(),
+            connecting: 0,
+            resolution: Resolution::Pending,
+        }
+    }
+
+    /// The endpoint for a call: the pinned one or none, else the less loaded of two.
+    #[inline]
+    pub(crate) fn pick(&self, pinned: Option<&Instance>) -> Option<&Arc<Ready<S>>> {
+        match pinned {
+            None => pick::least_loaded_of_two(self),
+            Some(instance) => pick::pinned(self, instance.id()),
+        }
+    }
+
+    /// A few endpoints that could not be called, to be named in an error.
+    pub(crate) fn troubles(&self) -> Vec<Trouble> {
+        self.all.values().take(3).map(|e| e.trouble()).collect()
+    }
+}
+
+impl<S> Clone for Snapshot<S> {
+    fn clone(&self) -> Self {
+        Self {
+            ready: self.ready.clone(),
+            all: self.all.clone(),
+            connecting: self.connecting,
+            resolution: self.resolution.clone(),
+        }
+    }
+}
+
+// === impl Ready ===
+
+impl<S> Ready<S> {
+    pub(crate) fn new(service: S, peer: &Peer, key: u64) -> Self {
+        Self {
+            service,
+            load: Load::new(peer.clone()),
+            key,
+            down: AtomicBool::new(false),
+            went_down: Notify::new(),
+        }
+    }
+
+    /// Whether a call has found it done for. Relaxed: a pick that just misses it finds out for itself.
+    pub(crate) fn is_down(&self) -> bool {
+        self.down.load(Ordering::Relaxed)
+    }
+
+    /// Takes it out of the picks, and lets its endpoint know.
+    pub(crate) fn mark_down(&self) {
+        if !self.down.swap(true, Ordering::Relaxed) {
+            // Keeps a permit if nobody waits yet, so the endpoint cannot miss it.
+            self.went_down.notify_one();
+        }
+    }
+
+    pub(crate) async fn went_down(&self) {
+        self.went_down.notified().await;
+    }
+}
+
+// === impl Entry ===
+
+impl<S> Entry<S> {
+    /// The error of a call pinned to it while it is not connected.
+    pub(crate) fn unready(&self) -> Error {
+        match self.target.barred() {
+            Some(why) => why,
+            None => Error::new(Kind::NotConnected).unready(1, vec![self.trouble()]),
+        }
+        .with_peer(self.target.peer())
+    }
+
+    pub(crate) fn trouble(&self) -> Trouble {
+        let state = match self.state.phase {
+            Phase::Connecting => "connecting",
+            Phase::Ready => "just lost",
+            Phase::Retrying => "reconnecting",
+            Phase::Offline => "offline",
+            Phase::Barred => "not to be called",
+        };
+        let last = match self.target.barred() {
+            Some(why) => Some((Instant::now(), Arc::new(why) as SharedError)),
+            None => self.state.last_error.clone(),
+        };
+        Trouble {
+            peer: self.target.peer().clone(),
+            state,
+            attempts: self.state.attempts,
+            last,
+        }
+    }
+}
+
+impl<S> Clone for Entry<S> {
+    fn clone(&self) -> Self {
+        Self {
+            target: self.target.clone(),
+            state: self.state.clone(),
+            ready: self.ready.clone(),
+        }
+    }
+}
+
+// === impl State ===
+
+impl State {
+    pub(crate) fn new(phase: Phase) -> Self {
+        Self {
+            phase,
+            since: SystemTime::now(),
+            attempts: 0,
+            last_error: None,
+        }
+    }
+}
+
+impl<S> fmt::Debug for Snapshot<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Snapshot")
+            .field("ready", &self.ready.len())
+            .field("all", &self.all.len())
+            .field("connecting", &self.connecting)
+            .field("resolution", &self.resolution)
+            .finish()
+    }
+}
+
+impl<S> fmt::Debug for Ready<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ready")
+            .field("load", &self.load)
+            .field("down", &self.is_down())
+            .finish_non_exhaustive()
+    }
+}

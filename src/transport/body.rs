@@ -1,0 +1,113 @@
+//! The body of a response, with flow control: what is read is what the peer may send anew.
+
+use std::{
+    fmt,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use h2::RecvStream;
+use http_body::{Frame, SizeHint};
+
+use super::{connection::Slot, pump::Pump};
+use crate::error::Error;
+
+/// The response body of a call through a [`Connection`](super::Connection).
+///
+/// Dropping it before its end resets the stream, which cancels the call at the server.
+pub struct Body {
+    /// None at the end. Before `slot`, so that the stream is let go of before its slot is.
+    open: Option<Open>,
+}
+
+struct Open {
+    stream: RecvStream,
+    data_done: bool,
+    /// Ends with the response: a server that has answered does not want the rest.
+    pump: Option<Pump>,
+    slot: Slot,
+}
+
+impl Body {
+    pub(super) fn new(stream: RecvStream, pump: Option<Pump>, slot: Slot) -> Self {
+        Self {
+            open: Some(Open {
+                stream,
+                data_done: false,
+                pump,
+                slot,
+            }),
+        }
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+        let Some(open) = &mut self.open else {
+            return Poll::Ready(None);
+        };
+        let result = ready!(open.poll(cx));
+        if !matches!(&result, Some(Ok(frame)) if frame.is_data()) {
+            self.open = None;
+        }
+        Poll::Ready(result)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.open {
+            None => true,
+            Some(open) => open.stream.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::default()
+    }
+}
+
+impl Open {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+        if !self.data_done {
+            match ready!(self.stream.poll_data(cx)) {
+                Some(Ok(data)) => {
+                    // Handed over is consumed: a reader that is slow does not poll. An error here is
+                    // that the stream has ended, which the next poll says better.
+                    let _ = self.stream.flow_control().release_capacity(data.len());
+                    return Poll::Ready(Some(Ok(Frame::data(data))));
+                }
+                Some(Err(error)) => return Poll::Ready(self.failed(error)),
+                None => self.data_done = true,
+            }
+        }
+        match ready!(self.stream.poll_trailers(cx)) {
+            Ok(trailers) => Poll::Ready(trailers.map(|t| Ok(Frame::trailers(t)))),
+            Err(error) => Poll::Ready(self.failed(error)),
+        }
+    }
+
+    fn failed(&mut self, error: h2::Error) -> Option<Result<Frame<Bytes>, Error>> {
+        // A server that answered in full may reset the request's half so; the answer stands.
+        if error.is_reset() && error.reason() == Some(h2::Reason::NO_ERROR) {
+            return None;
+        }
+        let failure = self.pump.take().and_then(|pump| pump.failure());
+        Some(Err(
+            failure.unwrap_or_else(|| self.slot.core.classify(error))
+        ))
+    }
+}
+
+impl fmt::Debug for Body {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Body")
+            .field("open", &self.open.is_some())
+            .finish_non_exhaustive()
+    }
+}

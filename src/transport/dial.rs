@@ -1,0 +1,121 @@
+//! From `host:port` to a TCP connection: all the addresses of a name, one soon after the other.
+
+use std::{collections::VecDeque, fmt::Write as _, io, net::SocketAddr, time::Duration};
+
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use tokio::{net::TcpStream, time};
+
+use crate::error::{Error, Kind};
+
+/// How long one address may be alone in being tried; gRFC A61 and RFC 8305 say 250 ms.
+const STAGGER: Duration = Duration::from_millis(250);
+
+/// Connects to the first address of the name that answers.
+pub(super) async fn dial(address: &str) -> Result<TcpStream, Error> {
+    let found = tokio::net::lookup_host(address).await.map_err(|error| {
+        Error::new(Kind::ConnectionLost)
+            .with_reason("the name was not resolved")
+            .with_source(error)
+    })?;
+    let mut left = in_turn(found.collect());
+    if left.is_empty() {
+        return Err(Error::new(Kind::ConnectionLost).with_reason("the name has no address"));
+    }
+
+    let mut under_way = FuturesUnordered::new();
+    let mut failed: Vec<(SocketAddr, io::Error)> = Vec::new();
+    loop {
+        if let Some(next) = left.pop_front() {
+            under_way.push(async move { (next, TcpStream::connect(next).await) });
+        }
+        let result = tokio::select! {
+            result = under_way.next() => result,
+            () = time::sleep(STAGGER), if !left.is_empty() => continue,
+        };
+        match result {
+            Some((_, Ok(stream))) => {
+                stream.set_nodelay(true).map_err(|error| {
+                    Error::new(Kind::ConnectionLost)
+                        .with_reason("TCP_NODELAY was refused")
+                        .with_source(error)
+                })?;
+                return Ok(stream);
+            }
+            Some((address, Err(error))) => failed.push((address, error)),
+            None => return Err(all_failed(&failed)),
+        }
+    }
+}
+
+/// The families in turn, beginning with that of the first: a whole family may be unreachable.
+fn in_turn(addresses: Vec<SocketAddr>) -> VecDeque<SocketAddr> {
+    let first_is_v6 = addresses.first().is_some_and(SocketAddr::is_ipv6);
+    let (mut one, mut other): (VecDeque<_>, VecDeque<_>) = addresses
+        .into_iter()
+        .partition(|address| address.is_ipv6() == first_is_v6);
+    let mut mixed = VecDeque::with_capacity(one.len() + other.len());
+    while !one.is_empty() || !other.is_empty() {
+        mixed.extend(one.pop_front());
+        mixed.extend(other.pop_front());
+    }
+    mixed
+}
+
+fn all_failed(failed: &[(SocketAddr, io::Error)]) -> Error {
+    // The kind reads "connection refused" where the error itself adds the number of the system call's.
+    let words = |error: &io::Error| match error.kind() {
+        io::ErrorKind::Other => error.to_string(),
+        kind => kind.to_string(),
+    };
+    let mut text = String::new();
+    match failed {
+        [(_, only)] => text = words(only),
+        several => {
+            let _ = write!(text, "all {} addresses failed", several.len());
+            for (i, (address, error)) in several.iter().enumerate() {
+                let sign = if i == 0 { ": " } else { ", " };
+                let _ = write!(text, "{sign}{address} {}", words(error));
+            }
+        }
+    }
+    Error::new(Kind::ConnectionLost).with_reason(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn families_take_turns() {
+        let parse = |s: &str| s.parse().unwrap();
+        let mixed = in_turn(vec![
+            parse("[::1]:1"),
+            parse("[::1]:2"),
+            parse("[::1]:3"),
+            parse("127.0.0.1:1"),
+        ]);
+        let expected: Vec<SocketAddr> = ["[::1]:1", "127.0.0.1:1", "[::1]:2", "[::1]:3"]
+            .map(parse)
+            .to_vec();
+        assert!(mixed.into_iter().eq(expected));
+    }
+
+    #[tokio::test]
+    async fn a_refused_port_and_an_unknown_name_read_as_what_they_are() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        drop(listener);
+        let error = dial(&address.to_string()).await.unwrap_err();
+        assert_eq!(error.reason().as_deref(), Some("connection refused"));
+        let error = dial("no.such.name.invalid:1").await.unwrap_err();
+        assert!(error.to_string().contains("not resolved"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_name_with_a_dead_and_a_live_address_connects() {
+        // "localhost" is both ::1 and 127.0.0.1 where IPv6 is on; here only IPv4 listens.
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        dial(&format!("localhost:{port}")).await.unwrap();
+    }
+}

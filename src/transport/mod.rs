@@ -1,0 +1,187 @@
+//! HTTP/2 connections, spoken with `h2` directly from the caller's task.
+//!
+//! A call through tonic's channel crosses a queue to a worker task, boxes its future and its body, and
+//! crosses hyper's dispatch queue. Here it is three steps in the caller's own task: take a stream of the
+//! connection, hand its headers and its one message to `h2`, await the response. One task per connection
+//! moves frames to and from the socket, and a second watches that the peer still answers.
+//!
+//! [`Connector`] makes [`Connection`]s; a [`Pool`](crate::Pool) does so by itself.
+
+mod body;
+mod connection;
+mod dial;
+mod keepalive;
+mod pump;
+mod request;
+
+use std::time::Duration;
+
+use http::{HeaderValue, uri::Authority};
+use tonic::Code;
+
+pub use self::{body::Body, connection::Connection, request::ResponseFuture};
+use crate::{
+    backoff::check_duration,
+    endpoint::{BoxFuture, Connect, Connected, Target},
+    error::{BoxError, Error},
+};
+
+/// Makes plaintext HTTP/2 connections over TCP.
+///
+/// A target's address is `host:port`; a name that resolves to several addresses is tried at all of them,
+/// 250 ms apart, IPv6 and IPv4 in turn ([RFC 8305](https://www.rfc-editor.org/rfc/rfc8305)). `TCP_NODELAY` is
+/// always set. A connection counts as made when the peer has answered a first HTTP/2 ping: a port that
+/// accepts and says nothing is not a server.
+///
+/// ```
+/// use std::time::Duration;
+/// use switchboard::transport::Connector;
+///
+/// let connector = Connector::new()
+///     .keepalive(Some(Duration::from_secs(10)), Duration::from_secs(5))?
+///     .user_agent("querycoord/2.6")?;
+/// # Ok::<(), switchboard::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Connector {
+    pub(crate) keepalive_interval: Option<Duration>,
+    pub(crate) keepalive_timeout: Duration,
+    pub(crate) keepalive_while_idle: bool,
+    pub(crate) stream_window: u32,
+    pub(crate) connection_window: u32,
+    pub(crate) user_agent: HeaderValue,
+}
+
+// === impl Connector ===
+
+impl Connector {
+    /// The defaults: keepalive every 10 s with a timeout of 20 s, idle or not; windows of 2 MiB for a
+    /// stream and 8 MiB for a connection.
+    pub fn new() -> Self {
+        Self {
+            keepalive_interval: Some(Duration::from_secs(10)),
+            keepalive_timeout: Duration::from_secs(20),
+            keepalive_while_idle: true,
+            stream_window: 2 << 20,
+            connection_window: 8 << 20,
+            user_agent: HeaderValue::from_static(concat!("switchboard/", env!("CARGO_PKG_VERSION"))),
+        }
+    }
+
+    /// When nothing was read for `interval`, the peer is pinged; when then nothing is read for `timeout`,
+    /// the connection is closed and its calls fail as `UNAVAILABLE`. So a peer that is silently gone is
+    /// found out within the sum of both. `None` turns it off. Defaults 10 s and 20 s; 1 ms to 1 day.
+    ///
+    /// gRPC servers may object to pings more often than every 10 s or so (`too_many_pings`); tonic's do not.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) outside these bounds.
+    pub fn keepalive(mut self, interval: Option<Duration>, timeout: Duration) -> Result<Self, Error> {
+        let (least, most) = (Duration::from_millis(1), crate::Backoff::LONGEST);
+        if let Some(interval) = interval {
+            check_duration("keepalive interval", interval, least, most)?;
+        }
+        self.keepalive_interval = interval;
+        self.keepalive_timeout = check_duration("keepalive timeout", timeout, least, most)?;
+        Ok(self)
+    }
+
+    /// Whether a connection without calls is pinged too. Default yes: a peer that died while nobody
+    /// called is found out before somebody does.
+    #[must_use]
+    pub fn keepalive_while_idle(mut self, while_idle: bool) -> Self {
+        self.keepalive_while_idle = while_idle;
+        self
+    }
+
+    /// How much may be in flight to us, in bytes, on one stream and on the whole connection, before it is
+    /// read. Defaults 2 MiB and 8 MiB; each 65,535 to 2,147,483,647, the stream's at most the connection's.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) outside these bounds.
+    pub fn windows(mut self, stream: u32, connection: u32) -> Result<Self, Error> {
+        let allowed = 65_535..=(1 << 31) - 1;
+        if !allowed.contains(&stream) || !allowed.contains(&connection) || stream > connection {
+            let why = format!(
+                "stream {stream}, connection {connection}: each must be 65,535 to 2,147,483,647, the stream's at most the connection's"
+            );
+            return Err(Error::invalid("windows", why));
+        }
+        self.stream_window = stream;
+        self.connection_window = connection;
+        Ok(self)
+    }
+
+    /// The `user-agent` of calls that bring none. Default `switchboard/<version>`.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) if it cannot stand in a header.
+    pub fn user_agent(mut self, agent: &str) -> Result<Self, Error> {
+        self.user_agent = HeaderValue::from_str(agent).map_err(|_| {
+            Error::invalid("user agent", format!("{agent:?} is not visible ASCII"))
+        })?;
+        Ok(self)
+    }
+
+    /// Connects to `host:port`.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) if the address is not `host:port`;
+    /// [`Kind::ConnectionLost`](crate::Kind::ConnectionLost) if nobody could be reached there, or whoever
+    /// was does not speak HTTP/2. It has no time limit of its own.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes what was opened.
+    pub async fn connect_to(&self, address: &str) -> Result<Connection, Error> {
+        let authority: Authority = address.parse().map_err(|_| {
+            Error::invalid("address", format!("{address:?} is not host:port"))
+        })?;
+        let io = dial::dial(address).await?;
+        Connection::handshake(io, authority, self).await
+    }
+}
+
+impl Default for Connector {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<T: Target> Connect<T> for Connector {
+    type Service = Connection;
+    type Future = BoxFuture<'static, Result<Connected<Connection>, BoxError>>;
+
+    fn connect(&self, target: &T) -> Self::Future {
+        let (this, peer) = (self.clone(), target.peer().clone());
+        Box::pin(async move {
+            let connection = this.connect_to(&peer.address).await?;
+            let lifeline = connection.lifeline();
+            Ok(Connected::new(connection).with_lifeline(lifeline))
+        })
+    }
+}
+
+/// The gRPC code of a stream reset, after
+/// [PROTOCOL-HTTP2.md](https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md#errors).
+pub(crate) fn code_of_reset(reason: h2::Reason) -> Code {
+    match reason {
+        h2::Reason::NO_ERROR
+        | h2::Reason::PROTOCOL_ERROR
+        | h2::Reason::INTERNAL_ERROR
+        | h2::Reason::FLOW_CONTROL_ERROR
+        | h2::Reason::SETTINGS_TIMEOUT
+        | h2::Reason::FRAME_SIZE_ERROR
+        | h2::Reason::COMPRESSION_ERROR
+        | h2::Reason::CONNECT_ERROR => Code::Internal,
+        h2::Reason::REFUSED_STREAM => Code::Unavailable,
+        h2::Reason::CANCEL => Code::Cancelled,
+        h2::Reason::ENHANCE_YOUR_CALM => Code::ResourceExhausted,
+        h2::Reason::INADEQUATE_SECURITY => Code::PermissionDenied,
+        _ => Code::Unknown,
+    }
+}
