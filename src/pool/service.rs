@@ -158,6 +158,15 @@ impl<S, P> Pool<S, P> {
         self.inner.driver.stop().await;
     }
 
+    pub(crate) fn role_arc(&self) -> Arc<str> {
+        self.inner.shared.role.clone()
+    }
+
+    #[cfg(feature = "manager")]
+    pub(crate) fn runtime(&self) -> &tokio::runtime::Handle {
+        self.inner.driver.runtime()
+    }
+
     pub(crate) fn snapshot(&self) -> Arc<Snapshot<S>> {
         self.inner.shared.snapshot.load_full()
     }
@@ -307,6 +316,25 @@ impl<S: Service<Req>, Req, P> ResponseFuture<S, Req, P> {
         Self {
             state,
             protocol: PhantomData,
+        }
+    }
+
+    /// An error from outside, such as a deadline, with what is known here of where the call is.
+    #[cfg(feature = "manager")]
+    pub(crate) fn explain(&self, error: Error) -> Error {
+        match &self.state {
+            State::Calling {
+                call: Some(call), ..
+            } => error.with_peer(&Arc::new(call.peer().clone())),
+            State::Calling { call: None, .. } => error,
+            State::Slow { slow } => {
+                let shared = &slow.inner.shared;
+                let waiting = shared.waited(&shared.snapshot.load(), slow.pinned.as_ref());
+                error
+                    .with_role(&shared.role)
+                    .with_sent(crate::Sent::Unsent)
+                    .with_source(waiting)
+            }
         }
     }
 }
