@@ -3,10 +3,10 @@
 use std::{
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -31,6 +31,7 @@ pub struct Proxy {
     resets: watch::Sender<u64>,
     delay_ms: Arc<AtomicU64>,
     pub accepted: Arc<AtomicUsize>,
+    last_accepted: Arc<Mutex<Option<Instant>>>,
     _task: JoinSet<()>,
 }
 
@@ -43,11 +44,13 @@ impl Proxy {
         let delay_ms = Arc::new(AtomicU64::new(0));
         let accepted = Arc::new(AtomicUsize::new(0));
         let mut task = JoinSet::new();
-        let (delay, count) = (delay_ms.clone(), accepted.clone());
+        let last_accepted = Arc::new(Mutex::new(None));
+        let (delay, count, last) = (delay_ms.clone(), accepted.clone(), last_accepted.clone());
         task.spawn(async move {
             let mut links = JoinSet::new();
             while let Ok((client, _)) = listener.accept().await {
                 count.fetch_add(1, Ordering::SeqCst);
+                *last.lock().unwrap() = Some(Instant::now());
                 links.spawn(link(client, to, modes.clone(), reset.clone(), delay.clone()));
             }
         });
@@ -57,12 +60,18 @@ impl Proxy {
             resets,
             delay_ms,
             accepted,
+            last_accepted,
             _task: task,
         }
     }
 
     pub fn address(&self) -> String {
         self.address.to_string()
+    }
+
+    /// When it was last dialled.
+    pub fn last_accepted(&self) -> Option<Instant> {
+        *self.last_accepted.lock().unwrap()
     }
 
     pub fn set(&self, mode: Mode) {
