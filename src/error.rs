@@ -55,6 +55,8 @@ pub(crate) struct Trouble {
 pub enum Kind {
     /// An argument cannot work: an address, a role, a duration. `INVALID_ARGUMENT`.
     Invalid,
+    /// The session's place in the registry is taken by another that is alive. `ALREADY_EXISTS`.
+    AlreadyRegistered,
     /// No session of the role is registered. `UNAVAILABLE`.
     NoSession,
     /// The one instance that was asked for is not registered. `UNAVAILABLE`.
@@ -263,6 +265,7 @@ impl Error {
         self.0.status.get_or_init(|| {
             let code = match self.0.kind {
                 Kind::Invalid => Code::InvalidArgument,
+                Kind::AlreadyRegistered => Code::AlreadyExists,
                 Kind::NoSession
                 | Kind::UnknownPeer
                 | Kind::NotConnected
@@ -310,12 +313,15 @@ impl fmt::Display for Error {
         let role = self.role().unwrap_or("?");
         match inner.kind {
             Kind::Invalid => f.write_str("invalid argument")?,
+            Kind::AlreadyRegistered => f.write_str("already registered")?,
             Kind::NoSession => write!(f, "no session of role {role} is registered")?,
             Kind::UnknownPeer => write!(f, "role {role}")?,
             Kind::NotConnected => write!(f, "role {role}")?,
-            Kind::RegistryUnreachable => {
-                write!(f, "nothing is known of role {role}: registry unreachable")?
-            }
+            // Without a role it is no call that failed, but a registration or the like.
+            Kind::RegistryUnreachable => match self.role() {
+                Some(role) => write!(f, "nothing is known of role {role}: registry unreachable")?,
+                None => f.write_str("registry unreachable")?,
+            },
             Kind::SessionDeleted => f.write_str("session deleted")?,
             Kind::ConnectionLost => f.write_str("connection lost")?,
             Kind::Refused => f.write_str("refused by the peer before processing")?,
@@ -331,7 +337,10 @@ impl fmt::Display for Error {
         } else if let Some(role) = &inner.role
             && !matches!(
                 inner.kind,
-                Kind::NoSession | Kind::UnknownPeer | Kind::NotConnected | Kind::RegistryUnreachable
+                Kind::NoSession
+                    | Kind::UnknownPeer
+                    | Kind::NotConnected
+                    | Kind::RegistryUnreachable
             )
         {
             write!(f, ", role {role}")?;

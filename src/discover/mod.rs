@@ -4,8 +4,24 @@
 //! broken watch is never patched: the last known set is kept, marked stale, and on return there is a new
 //! list, a diff, and a watch from the list's revision + 1.
 
+#[cfg(feature = "registry")]
+mod discovery;
+#[cfg(feature = "registry")]
+mod member;
+#[cfg(feature = "registry")]
+mod reconcile;
+#[cfg(feature = "registry")]
+mod recover;
 mod tower_adapter;
 
+#[cfg(feature = "registry")]
+pub(crate) use self::recover::{Settings, default_backoff};
+#[cfg(feature = "registry")]
+pub use self::{
+    discovery::{Discovery, Updates},
+    member::{Key, Member},
+    recover::Skipped,
+};
 use crate::error::SharedError;
 pub use tower::discover::Change;
 pub use tower_adapter::FromTower;

@@ -1,0 +1,369 @@
+//! How a session stands in a registry: its key and its value.
+
+use std::{borrow::Cow, collections::BTreeMap, fmt};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::Session;
+use crate::error::Error;
+
+/// How sessions are written to a registry's keys and values, and read from them.
+///
+/// [`Naming`] is the default. Bring your own to read the records of a system that exists: give it to a
+/// registry's `with_codec`.
+pub trait Codec: fmt::Debug + Send + Sync + 'static {
+    /// The prefix of all keys of this role; nothing else should have it.
+    fn prefix(&self, root: &str, role: &str) -> String;
+
+    /// The key of this session, which begins with the prefix of its role.
+    fn key(&self, root: &str, session: &Session) -> String;
+
+    /// The value of this session.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) if the format cannot hold it.
+    fn encode(&self, session: &Session) -> Result<Vec<u8>, Error>;
+
+    /// The session of one record whose key begins with the prefix of this role. What it returns is
+    /// validated once more by whoever asked.
+    ///
+    /// # Errors
+    ///
+    /// [`BadRecord`]: it will be skipped, counted, and named in a warning.
+    fn decode(&self, root: &str, role: &str, key: &str, value: &[u8])
+    -> Result<Session, BadRecord>;
+}
+
+/// Why a record under a role's prefix is no session. It costs only itself.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum BadRecord {
+    /// The key is not one of the format's.
+    Key(Cow<'static, str>),
+    /// The value is empty.
+    Empty,
+    /// The value is longer than [`BadRecord::LONGEST`].
+    TooLarge {
+        /// How long, in bytes.
+        bytes: usize,
+    },
+    /// The value cannot be read.
+    Unparsable(Cow<'static, str>),
+    /// The value says that the session is deleted (`Op` 1).
+    Deleted,
+    /// The value names no address.
+    NoAddress,
+    /// What it says cannot work: see [`Session::validate`].
+    Invalid(Error),
+}
+
+/// The naming format of etcd, as grpc-go's etcd resolver reads and writes it.
+///
+/// The key is `<root>/<role>/<id>`, the value a JSON object:
+///
+/// ```json
+/// {"Op":0,"Addr":"10.0.0.5:21123","Metadata":{"id":"7","version":"2.6.0","weight":1,"metadata":{"zone":"a"}}}
+/// ```
+///
+/// Of a record that another program wrote, whatever its `Metadata` is, the id is the rest of the key, unless
+/// the metadata is an object with an `id`, a string or an integer. Fields that are unknown, or of another
+/// type than ours, are skipped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Naming;
+
+// === impl BadRecord ===
+
+impl BadRecord {
+    /// The longest value that is read: 1 MiB. A session has a few hundred bytes.
+    pub const LONGEST: usize = 1 << 20;
+}
+
+impl fmt::Display for BadRecord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Key(why) => write!(f, "not one of our keys: {why}"),
+            Self::Empty => f.write_str("the value is empty"),
+            Self::TooLarge { bytes } => {
+                write!(
+                    f,
+                    "the value has {bytes} bytes, {} are allowed",
+                    Self::LONGEST
+                )
+            }
+            Self::Unparsable(why) => write!(f, "the value cannot be read: {why}"),
+            Self::Deleted => f.write_str("the value says that it is deleted (Op 1)"),
+            Self::NoAddress => f.write_str("the value has no address"),
+            Self::Invalid(error) => error.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for BadRecord {}
+
+// === impl Naming ===
+
+impl Codec for Naming {
+    fn prefix(&self, root: &str, role: &str) -> String {
+        // With the slash: `foo` does not see `foo_other`.
+        match root {
+            "" => format!("{role}/"),
+            root => format!("{root}/{role}/"),
+        }
+    }
+
+    fn key(&self, root: &str, session: &Session) -> String {
+        self.prefix(root, session.role()) + session.id()
+    }
+
+    fn encode(&self, session: &Session) -> Result<Vec<u8>, Error> {
+        let record = Written {
+            op: 0,
+            addr: session.address(),
+            metadata: Extra {
+                id: session.id(),
+                version: session.version(),
+                weight: session.weight(),
+                stopping: session.is_stopping(),
+                metadata: session.metadata(),
+            },
+        };
+        serde_json::to_vec(&record).map_err(|e| Error::invalid("session", e))
+    }
+
+    fn decode(
+        &self,
+        root: &str,
+        role: &str,
+        key: &str,
+        value: &[u8],
+    ) -> Result<Session, BadRecord> {
+        let prefix = self.prefix(root, role);
+        let rest = match key.strip_prefix(&prefix) {
+            None => {
+                return Err(BadRecord::Key(
+                    format!("it does not begin with {prefix}").into(),
+                ));
+            }
+            Some("") => return Err(BadRecord::Key("it ends with the prefix".into())),
+            Some(rest) if rest.contains('/') => {
+                return Err(BadRecord::Key("it goes on with a slash".into()));
+            }
+            Some(rest) => rest,
+        };
+        if value.is_empty() {
+            return Err(BadRecord::Empty);
+        }
+        if value.len() > BadRecord::LONGEST {
+            return Err(BadRecord::TooLarge { bytes: value.len() });
+        }
+        // serde would take an array for the fields in their order.
+        if value.trim_ascii_start().first() != Some(&b'{') {
+            return Err(BadRecord::Unparsable("it is not a JSON object".into()));
+        }
+        let record: Read = serde_json::from_slice(value)
+            .map_err(|e| BadRecord::Unparsable(e.to_string().into()))?;
+        match record.op {
+            0 => {}
+            1 => return Err(BadRecord::Deleted),
+            op => return Err(BadRecord::Unparsable(format!("unknown Op {op}").into())),
+        }
+        if record.addr.is_empty() {
+            return Err(BadRecord::NoAddress);
+        }
+        let session = Session::new(role, record.addr).with_id(rest);
+        let session = match record.metadata {
+            Value::Object(extra) => with_extra(session, extra),
+            // Another program's, which is none of our business.
+            _ => session,
+        };
+        session.validate().map_err(BadRecord::Invalid)?;
+        Ok(session)
+    }
+}
+
+fn with_extra(mut session: Session, extra: serde_json::Map<String, Value>) -> Session {
+    for (name, value) in extra {
+        session = match (name.as_str(), value) {
+            ("id", Value::String(id)) => session.with_id(id),
+            ("id", Value::Number(id)) if id.is_i64() || id.is_u64() => {
+                session.with_id(id.to_string())
+            }
+            ("version", Value::String(version)) => session.with_version(version),
+            ("weight", Value::Number(weight)) => match weight.as_u64().map(u32::try_from) {
+                Some(Ok(weight @ 1..)) => session.with_weight(weight),
+                _ => session,
+            },
+            ("stopping", Value::Bool(stopping)) => session.with_stopping(stopping),
+            ("metadata", Value::Object(entries)) => {
+                entries
+                    .into_iter()
+                    .fold(session, |session, (key, value)| match value {
+                        Value::String(value) => session.with_metadata(key, value),
+                        _ => session,
+                    })
+            }
+            _ => session,
+        };
+    }
+    session
+}
+
+#[derive(Serialize)]
+struct Written<'a> {
+    #[serde(rename = "Op")]
+    op: u8,
+    #[serde(rename = "Addr")]
+    addr: &'a str,
+    #[serde(rename = "Metadata")]
+    metadata: Extra<'a>,
+}
+
+#[derive(Serialize)]
+struct Extra<'a> {
+    id: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    version: &'a str,
+    weight: u32,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    stopping: bool,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    metadata: &'a BTreeMap<String, String>,
+}
+
+#[derive(Deserialize)]
+struct Read {
+    // Go writes zero values or leaves them out, as the writer likes.
+    #[serde(rename = "Op", default)]
+    op: i64,
+    #[serde(rename = "Addr", default)]
+    addr: String,
+    #[serde(rename = "Metadata", default)]
+    metadata: Value,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decode(key: &str, value: &str) -> Result<Session, BadRecord> {
+        Naming.decode("demo", "echo", key, value.as_bytes())
+    }
+
+    #[test]
+    fn a_session_comes_back_as_it_was_written() {
+        let plain = Session::new("echo", "h:1");
+        let full = Session::new("echo", "[::1]:80")
+            .with_id(7)
+            .with_version("2.6.0")
+            .with_metadata("zone", "a \"b\" ü")
+            .with_weight(u32::MAX)
+            .with_stopping(true);
+        for session in [plain, full] {
+            let key = Naming.key("demo", &session);
+            let value = Naming.encode(&session).expect("it can be written");
+            let back = Naming
+                .decode("demo", "echo", &key, &value)
+                .expect("it can be read");
+            assert_eq!(back, session);
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_what_the_format_says() {
+        let session = Session::new("echo", "h:1").with_id(7);
+        assert_eq!(Naming.key("demo", &session), "demo/echo/7");
+        assert_eq!(Naming.key("", &session), "echo/7");
+        let value = Naming.encode(&session).expect("it can be written");
+        assert_eq!(
+            String::from_utf8_lossy(&value),
+            r#"{"Op":0,"Addr":"h:1","Metadata":{"id":"7","weight":1}}"#
+        );
+    }
+
+    #[test]
+    fn records_of_grpc_go_are_read() {
+        for (metadata, id) in [
+            ("null", "rest"),
+            ("42", "rest"),
+            ("\"text\"", "rest"),
+            ("[1,{}]", "rest"),
+            (r#"{"zone":"a"}"#, "rest"),
+            (r#"{"id":"9"}"#, "9"),
+            (r#"{"id":9}"#, "9"),
+            (r#"{"id":18446744073709551615}"#, "18446744073709551615"),
+            (r#"{"id":-3}"#, "-3"),
+            (r#"{"id":1.5}"#, "rest"),
+            (
+                r#"{"id":null,"weight":"heavy","stopping":1,"metadata":[]}"#,
+                "rest",
+            ),
+            (r#"{"weight":0}"#, "rest"),
+            (r#"{"weight":4294967296}"#, "rest"),
+            (r#"{"metadata":{"n":1}}"#, "rest"),
+        ] {
+            let value = format!(r#"{{"Op":0,"Addr":"10.0.0.5:1","Metadata":{metadata}}}"#);
+            let session = decode("demo/echo/rest", &value).expect(metadata);
+            let expected = Session::new("echo", "10.0.0.5:1").with_id(id);
+            assert_eq!(session, expected, "{metadata}");
+        }
+        let lean = decode("demo/echo/a", r#"{"Addr":"h:1","Unknown":{"x":[1]}}"#).expect("lean");
+        assert_eq!(lean, Session::new("echo", "h:1").with_id("a"));
+    }
+
+    #[test]
+    fn bad_records_say_what_is_bad() {
+        let good = r#"{"Op":0,"Addr":"h:1","Metadata":null}"#;
+        let huge = format!(r#"{{"Addr":"h:1","Metadata":"{}"}}"#, "x".repeat(1 << 20));
+        let nested = format!(r#"{{"Addr":"h:1","Metadata":{}"#, "[".repeat(1 << 16));
+        for (key, value, says) in [
+            ("demo/echo/a", "", "empty"),
+            ("demo/echo/a", "{", "cannot be read"),
+            ("demo/echo/a", "\u{0}", "cannot be read"),
+            ("demo/echo/a", "[]", "cannot be read"),
+            ("demo/echo/a", r#"[0,"h:1",null]"#, "not a JSON object"),
+            ("demo/echo/a", "null", "cannot be read"),
+            ("demo/echo/a", "10.0.0.5:1", "cannot be read"),
+            ("demo/echo/a", &nested, "cannot be read"),
+            ("demo/echo/a", &huge, "1048576 are allowed"),
+            ("demo/echo/a", r#"{"Op":1,"Addr":"h:1"}"#, "deleted"),
+            ("demo/echo/a", r#"{"Op":2,"Addr":"h:1"}"#, "unknown Op 2"),
+            (
+                "demo/echo/a",
+                r#"{"Op":"x","Addr":"h:1"}"#,
+                "cannot be read",
+            ),
+            (
+                "demo/echo/a",
+                r#"{"Op":0,"Addr":"","Metadata":null}"#,
+                "no address",
+            ),
+            (
+                "demo/echo/a",
+                r#"{"Op":0,"Addr":"","Metadata":{}}"#,
+                "no address",
+            ),
+            ("demo/echo/a", r#"{"Op":0,"Addr":"nowhere"}"#, "host:port"),
+            (
+                "demo/echo/a",
+                r#"{"Addr":"h:1","Metadata":{"id":"a/b"}}"#,
+                "1 to 256 bytes",
+            ),
+            (
+                "demo/echo/a",
+                r#"{"Addr":"h:1","Metadata":{"id":""}}"#,
+                "1 to 256 bytes",
+            ),
+            ("demo/echo/", good, "not one of our keys"),
+            ("demo/echo/a/b", good, "not one of our keys"),
+            ("demo/echo_other/a", good, "not one of our keys"),
+            ("other/echo/a", good, "not one of our keys"),
+        ] {
+            let bad = decode(key, value).expect_err(says);
+            assert!(bad.to_string().contains(says), "{key}: {bad}");
+        }
+        let bytes = Naming.decode("demo", "echo", "demo/echo/a", &[0xff, 0xfe]);
+        assert!(matches!(bytes, Err(BadRecord::Unparsable(_))), "{bytes:?}");
+    }
+}

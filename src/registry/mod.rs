@@ -1,0 +1,50 @@
+//! What is registered: sessions, the records that hold them, and the places that hold the records.
+//!
+//! [`MemoryRegistry`] is in this process, for tests and for programs of one process; `EtcdRegistry` (feature
+//! `etcd`) is etcd; [`Fixed`] is a list that never changes. All three are a [`Registry`]: something that tells
+//! what sessions a role has.
+
+mod codec;
+mod fixed;
+mod memory;
+mod registration;
+mod session;
+pub(crate) mod store;
+
+use std::{fmt, sync::Arc};
+
+pub use self::{
+    codec::{BadRecord, Codec, Naming},
+    fixed::Fixed,
+    memory::MemoryRegistry,
+    registration::Registration,
+    session::Session,
+};
+use crate::{discover::Discovery, error::Error};
+
+/// Where sessions are kept, as those who look for them see it.
+///
+/// ```
+/// use std::sync::Arc;
+/// use switchboard::{MemoryRegistry, Registry};
+///
+/// let registry: Arc<dyn Registry> = Arc::new(MemoryRegistry::new());
+/// let discovery = registry.discover("echo")?;
+/// assert!(registry.discover("no spaces").is_err());
+/// # Ok::<(), switchboard::Error>(())
+/// ```
+pub trait Registry: fmt::Debug + Send + Sync + 'static {
+    /// The sessions of this role, now and from now on. Returns at once, whether the registry can be
+    /// reached or not: the stream says so, and goes on when it can.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) if this cannot be a role: see [`Session::validate`].
+    fn discover(&self, role: &str) -> Result<Discovery, Error>;
+}
+
+impl<R: Registry + ?Sized> Registry for Arc<R> {
+    fn discover(&self, role: &str) -> Result<Discovery, Error> {
+        (**self).discover(role)
+    }
+}

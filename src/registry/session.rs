@@ -1,0 +1,350 @@
+//! The record that one running server instance keeps in the registry.
+
+use std::{collections::BTreeMap, net::Ipv6Addr, sync::Arc};
+
+use crate::{
+    error::{Error, Kind},
+    pool::Instance,
+};
+
+/// What one running server instance says of itself: who it is, where it listens, and how it is to be
+/// treated.
+///
+/// Building one cannot fail; [`Session::validate`] says whether it can work, and every registry asks before it
+/// takes one.
+///
+/// ```
+/// use switchboard::Session;
+///
+/// let session = Session::new("querynode", "10.0.0.5:21123")
+///     .with_id(7)
+///     .with_version("2.6.0")
+///     .with_metadata("zone", "eu-1a");
+/// assert_eq!(session.id(), "7");
+/// session.validate()?;
+/// # Ok::<(), switchboard::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Session {
+    role: Arc<str>,
+    id: Arc<str>,
+    address: Arc<str>,
+    version: String,
+    metadata: BTreeMap<String, String>,
+    weight: u32,
+    stopping: bool,
+}
+
+// === impl Session ===
+
+impl Session {
+    /// A session of this role, listening at `host:port`. Its id is its address until [`Session::with_id`],
+    /// its weight 1, and it has no version and no metadata.
+    pub fn new(role: impl Into<Arc<str>>, address: impl Into<Arc<str>>) -> Self {
+        let address = address.into();
+        Self {
+            role: role.into(),
+            id: address.clone(),
+            address,
+            version: String::new(),
+            metadata: BTreeMap::new(),
+            weight: 1,
+            stopping: false,
+        }
+    }
+
+    /// The same under this id, which is unique in its role: what calls are pinned by. Default: the address.
+    #[must_use]
+    pub fn with_id(mut self, id: impl Into<Instance>) -> Self {
+        self.id = id.into().0;
+        self
+    }
+
+    /// The same with the version of its program, in whatever form. Default: empty.
+    #[must_use]
+    pub fn with_version(mut self, version: impl Into<String>) -> Self {
+        self.version = version.into();
+        self
+    }
+
+    /// The same with one more piece of metadata; a key that is there is replaced.
+    #[must_use]
+    pub fn with_metadata(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
+        self.metadata.insert(key.into(), value.into());
+        self
+    }
+
+    /// The same with this share of the calls, against the weights of the others. Default 1; at least 1.
+    #[must_use]
+    pub fn with_weight(mut self, weight: u32) -> Self {
+        self.weight = weight;
+        self
+    }
+
+    /// The same, saying whether it is stopping: then it gets no new calls but pinned ones, and those in
+    /// flight finish. Default: no.
+    #[must_use]
+    pub fn with_stopping(mut self, stopping: bool) -> Self {
+        self.stopping = stopping;
+        self
+    }
+
+    /// The kind of server that it is.
+    pub fn role(&self) -> &str {
+        &self.role
+    }
+
+    /// Its id, unique in its role.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Where it listens, `host:port`.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// The version of its program; empty if it did not say.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// What else it says of itself.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// Its share of the calls, at least 1.
+    pub fn weight(&self) -> u32 {
+        self.weight
+    }
+
+    /// Whether it has said that it is stopping.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping
+    }
+
+    /// Whether it can work.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`], naming what is allowed, unless
+    /// - the role is 1 to 128 characters of `A-Z a-z 0-9 . _ -`,
+    /// - the address is `host:port`, with a DNS name, an IPv4 address or an IPv6 address in brackets, and a
+    ///   port of 1 to 65535,
+    /// - the id is 1 to 256 bytes without `/` and control characters,
+    /// - the weight is at least 1.
+    pub fn validate(&self) -> Result<(), Error> {
+        check_role(&self.role)?;
+        check_address(&self.address)?;
+        check_id(&self.id)?;
+        if self.weight == 0 {
+            return Err(Error::invalid("weight", "0 is not at least 1"));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn role_arc(&self) -> &Arc<str> {
+        &self.role
+    }
+
+    pub(crate) fn id_arc(&self) -> &Arc<str> {
+        &self.id
+    }
+
+    pub(crate) fn address_arc(&self) -> &Arc<str> {
+        &self.address
+    }
+}
+
+/// Refuses a role that could not stand in a key, or would read as another.
+pub(crate) fn check_role(role: &str) -> Result<(), Error> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if role.is_empty() || role.len() > 128 || !role.chars().all(allowed) {
+        let why = format!(
+            "{} is not 1 to 128 characters of A-Z a-z 0-9 . _ -",
+            shown(role)
+        );
+        return Err(Error::invalid("role", why));
+    }
+    Ok(())
+}
+
+/// Refuses a prefix under which keys would be ambiguous.
+// Only registries with a prefix ask.
+#[cfg_attr(not(any(feature = "etcd", test)), allow(dead_code))]
+pub(crate) fn check_prefix(prefix: &str) -> Result<(), Error> {
+    let bad = |c: char| c.is_control() || c.is_whitespace();
+    if prefix.is_empty()
+        || prefix.len() > 256
+        || prefix.ends_with('/')
+        || prefix.contains("//")
+        || prefix.contains(bad)
+    {
+        let why = format!(
+            "{} is not 1 to 256 bytes without spaces, control characters, a slash at its end or two in a row",
+            shown(prefix)
+        );
+        return Err(Error::invalid("prefix", why));
+    }
+    Ok(())
+}
+
+/// Refuses what is not `host:port`.
+pub(crate) fn check_address(address: &str) -> Result<(), Error> {
+    let invalid = |why: &str| {
+        let why = format!(
+            "{} is not host:port: {why}; write a DNS name, an IPv4 address or an [IPv6] address, and a port of 1 to 65535",
+            shown(address)
+        );
+        Err(Error::new(Kind::Invalid).with_reason(format!("address: {why}")))
+    };
+    let Some((host, port)) = address.rsplit_once(':') else {
+        return invalid("there is no port");
+    };
+    // `u16::from_str` would take "+80".
+    match port.parse::<u16>() {
+        Ok(1..) if port.bytes().all(|b| b.is_ascii_digit()) => {}
+        _ => return invalid("the port is not a number of 1 to 65535"),
+    }
+    if let Some(inner) = host.strip_prefix('[') {
+        return match inner.strip_suffix(']').map(str::parse::<Ipv6Addr>) {
+            Some(Ok(_)) => Ok(()),
+            _ => invalid("what is in brackets is not an IPv6 address"),
+        };
+    }
+    if host.contains(':') {
+        return invalid("an IPv6 address needs brackets");
+    }
+    // Underscores are no part of host names, but container platforms make such.
+    let label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    let name = host.strip_suffix('.').unwrap_or(host);
+    if name.len() > 253 || !name.split('.').all(label) {
+        return invalid("the host is not a name or an address");
+    }
+    // What looks like an IPv4 address has to be one: 10.0.0.256 resolves nowhere.
+    let numeric = name
+        .split('.')
+        .all(|l| l.bytes().all(|b| b.is_ascii_digit()));
+    if numeric && name.parse::<std::net::Ipv4Addr>().is_err() {
+        return invalid("the host is not an IPv4 address");
+    }
+    Ok(())
+}
+
+fn check_id(id: &str) -> Result<(), Error> {
+    if id.is_empty() || id.len() > 256 || id.contains(|c: char| c == '/' || c.is_control()) {
+        let why = format!(
+            "{} is not 1 to 256 bytes without / and control characters",
+            shown(id)
+        );
+        return Err(Error::invalid("id", why));
+    }
+    Ok(())
+}
+
+/// Quoted, and cut so that a message stays readable.
+fn shown(text: &str) -> String {
+    match text.char_indices().nth(80) {
+        None => format!("{text:?}"),
+        Some((cut, _)) => format!("{:?}... ({} bytes)", &text[..cut], text.len()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_that_can_be_dialled_are_taken() {
+        for address in [
+            "10.0.0.5:21123",
+            "localhost:1",
+            "a-b.example.com:65535",
+            "my_service.ns.svc:80",
+            "example.com.:80",
+            "[::1]:80",
+            "[2001:db8::7]:443",
+            "1a:80",
+        ] {
+            Session::new("echo", address).validate().expect(address);
+        }
+    }
+
+    #[test]
+    fn addresses_that_cannot_are_refused_with_what_is_allowed() {
+        for address in [
+            "",
+            ":80",
+            "host",
+            "host:",
+            "host:0",
+            "host:65536",
+            "host:+80",
+            "host:http",
+            "::1:80",
+            "[::1]",
+            "[nope]:80",
+            "[::1:80",
+            "10.0.0.256:80",
+            "10.0.0:80",
+            "a b:80",
+            "http://host:80",
+            "user@host:80",
+            "-a:80",
+            "a..b:80",
+            "host:80/path",
+        ] {
+            let error = Session::new("echo", address).validate().expect_err(address);
+            assert_eq!(error.kind(), Kind::Invalid, "{address}");
+            assert!(error.to_string().contains("host:port"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_session_that_cannot_work_says_what_is_allowed() {
+        let good = Session::new("echo", "h:1");
+        let long = "x".repeat(300);
+        for (session, says) in [
+            (Session::new("", "h:1"), "1 to 128 characters"),
+            (Session::new("a/b", "h:1"), "1 to 128 characters"),
+            (Session::new(&*long, "h:1"), "1 to 128 characters"),
+            (Session::new("ä", "h:1"), "1 to 128 characters"),
+            (good.clone().with_id(""), "1 to 256 bytes"),
+            (good.clone().with_id("a/b"), "1 to 256 bytes"),
+            (good.clone().with_id("a\nb"), "1 to 256 bytes"),
+            (good.clone().with_id(&*long), "1 to 256 bytes"),
+            (good.clone().with_weight(0), "at least 1"),
+        ] {
+            let error = session.validate().expect_err(says);
+            assert_eq!(error.kind(), Kind::Invalid);
+            assert!(error.to_string().contains(says), "{error}");
+            assert!(error.to_string().len() < 300, "{error}");
+        }
+        good.validate().expect("this one is good");
+    }
+
+    #[test]
+    fn prefixes_that_make_keys_ambiguous_are_refused() {
+        for prefix in ["", "a/", "/", "a//b", "a b", "a\n"] {
+            let error = check_prefix(prefix).expect_err(prefix);
+            assert!(error.to_string().contains("1 to 256 bytes"), "{error}");
+        }
+        for prefix in ["demo", "/demo", "by-dev/meta"] {
+            check_prefix(prefix).expect(prefix);
+        }
+    }
+
+    #[test]
+    fn the_id_is_the_address_unless_given() {
+        assert_eq!(Session::new("echo", "h:1").id(), "h:1");
+        assert_eq!(Session::new("echo", "h:1").with_id(7).id(), "7");
+    }
+}
