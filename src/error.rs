@@ -174,10 +174,10 @@ impl Error {
                 return Some(found);
             }
             // An `Arc` that carries an error is an error itself, but not the one inside.
-            if let Some(shared) = error.downcast_ref::<SharedError>() {
-                if let Some(found) = shared.downcast_ref::<Self>() {
-                    return Some(found);
-                }
+            if let Some(shared) = error.downcast_ref::<SharedError>()
+                && let Some(found) = shared.downcast_ref::<Self>()
+            {
+                return Some(found);
             }
             next = error.source();
         }

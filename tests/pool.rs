@@ -133,7 +133,10 @@ impl Net {
             let (net, id) = (net.clone(), node.peer.id.clone());
             Box::pin(async move {
                 let born = *net.born.get_or_init(time::Instant::now);
-                net.attempts.lock().unwrap().push((id.to_string(), born.elapsed()));
+                net.attempts
+                    .lock()
+                    .unwrap()
+                    .push((id.to_string(), born.elapsed()));
                 let manner = *net.manner.lock().unwrap();
                 let line = Arc::new(Line::default());
                 match manner {
@@ -143,7 +146,10 @@ impl Net {
                     Manner::HangUp => line.close(Error::new(Kind::ConnectionLost)),
                     Manner::Accept => {}
                 }
-                net.lines.lock().unwrap().push((id.to_string(), line.clone()));
+                net.lines
+                    .lock()
+                    .unwrap()
+                    .push((id.to_string(), line.clone()));
                 let service = Named {
                     id,
                     line: line.clone(),
@@ -164,7 +170,10 @@ impl Net {
 
     fn line(&self, id: &str) -> Arc<Line> {
         let lines = self.lines.lock().unwrap();
-        let (_, line) = lines.iter().rfind(|(known, _)| known == id).expect("it was dialled");
+        let (_, line) = lines
+            .iter()
+            .rfind(|(known, _)| known == id)
+            .expect("it was dialled");
         line.clone()
     }
 }
@@ -184,14 +193,20 @@ fn insert(updates: &Updates, node: Arc<Node>) {
 }
 
 fn remove(updates: &Updates, id: &str) {
-    updates.send(Update::Change(Change::Remove(id.to_owned()))).unwrap();
+    updates
+        .send(Update::Change(Change::Remove(id.to_owned())))
+        .unwrap();
 }
 
 async fn until(pool: &Pool<Named, Plain>, id: &str, state: Connectivity) {
     let wait = async {
         loop {
             let status = pool.status();
-            if status.endpoints.iter().any(|e| &*e.peer.id == id && e.state == state) {
+            if status
+                .endpoints
+                .iter()
+                .any(|e| &*e.peer.id == id && e.state == state)
+            {
                 return;
             }
             time::sleep(Duration::from_millis(1)).await;
@@ -217,17 +232,23 @@ async fn towers_own_service_list_drives_it() {
     for n in 0..100 {
         assert_eq!(pool.clone().oneshot(n).await.unwrap(), 2 * n);
     }
-    let ids: Vec<_> = pool.status().endpoints.iter().map(|e| e.peer.id.clone()).collect();
+    let ids: Vec<_> = pool
+        .status()
+        .endpoints
+        .iter()
+        .map(|e| e.peer.id.clone())
+        .collect();
     assert_eq!(ids, ["0", "1", "2"].map(Arc::from));
 }
 
 #[tokio::test]
 async fn a_channel_of_tower_changes_drives_it_and_replaces_by_key() {
-    let named = |name: &'static str| service_fn(move |(): ()| async move { Ok::<_, Infallible>(name) });
+    let named =
+        |name: &'static str| service_fn(move |(): ()| async move { Ok::<_, Infallible>(name) });
     let (tx, rx) = mpsc::unbounded_channel();
-    let pool =
-        Pool::<_, Plain>::from_discover("name", UnboundedReceiverStream::new(rx)).unwrap();
-    tx.send(Ok::<_, BoxError>(Change::Insert("k", named("old")))).unwrap();
+    let pool = Pool::<_, Plain>::from_discover("name", UnboundedReceiverStream::new(rx)).unwrap();
+    tx.send(Ok::<_, BoxError>(Change::Insert("k", named("old"))))
+        .unwrap();
     assert_eq!(pool.clone().oneshot(()).await.unwrap(), "old");
     tx.send(Ok(Change::Insert("k", named("new")))).unwrap();
     let new = async {
@@ -235,7 +256,9 @@ async fn a_channel_of_tower_changes_drives_it_and_replaces_by_key() {
             tokio::task::yield_now().await;
         }
     };
-    time::timeout(Duration::from_secs(5), new).await.expect("the new service takes over");
+    time::timeout(Duration::from_secs(5), new)
+        .await
+        .expect("the new service takes over");
     // An error is not the end.
     tx.send(Err("a hiccup".into())).unwrap();
     tx.send(Ok(Change::Remove("k"))).unwrap();
@@ -244,7 +267,9 @@ async fn a_channel_of_tower_changes_drives_it_and_replaces_by_key() {
             tokio::task::yield_now().await;
         }
     };
-    time::timeout(Duration::from_secs(5), gone).await.expect("it is removed");
+    time::timeout(Duration::from_secs(5), gone)
+        .await
+        .expect("it is removed");
     assert_eq!(pool.oneshot(()).await.unwrap_err().kind(), Kind::NoSession);
 }
 
@@ -255,7 +280,9 @@ async fn before_the_first_answer_calls_wait_and_after_a_first_failure_they_do_no
     let waiting = tokio::spawn(pool.clone().oneshot(0));
     time::sleep(Duration::from_secs(5)).await;
     assert!(!waiting.is_finished(), "nothing is known yet");
-    updates.send(Update::Stale(Arc::from(BoxError::from("no route to etcd")))).unwrap();
+    updates
+        .send(Update::Stale(Arc::from(BoxError::from("no route to etcd"))))
+        .unwrap();
     let error = waiting.await.unwrap().unwrap_err();
     assert_eq!(error.kind(), Kind::RegistryUnreachable);
     assert_eq!(
@@ -276,11 +303,16 @@ async fn a_registry_that_fails_later_changes_nothing_but_the_status() {
     insert(&updates, node("a"));
     updates.send(Update::Synced).unwrap();
     until(&pool, "a", Connectivity::Ready).await;
-    updates.send(Update::Stale(Arc::from(BoxError::from("etcd is away")))).unwrap();
+    updates
+        .send(Update::Stale(Arc::from(BoxError::from("etcd is away"))))
+        .unwrap();
     time::sleep(Duration::from_secs(3600)).await;
     assert_eq!(&*pool.clone().oneshot(0).await.unwrap(), "a");
     let status = pool.status();
-    assert!(matches!(status.discovery, Discovery::Stale { .. }), "{status}");
+    assert!(
+        matches!(status.discovery, Discovery::Stale { .. }),
+        "{status}"
+    );
     assert!(status.to_string().contains("etcd is away"), "{status}");
 }
 
@@ -293,10 +325,15 @@ async fn a_discovery_stream_that_panics_leaves_what_it_said() {
         Update::Synced,
     ];
     let updates = tokio_stream::iter(said).chain(tokio_stream::iter(0..1).map(|_| panic!("a bug")));
-    let pool = Pool::<_, Plain>::new("echo", PoolConfig::default(), updates, net.connector()).unwrap();
+    let pool =
+        Pool::<_, Plain>::new("echo", PoolConfig::default(), updates, net.connector()).unwrap();
     until(&pool, "a", Connectivity::Ready).await;
     assert_eq!(&*pool.clone().oneshot(0).await.unwrap(), "a");
-    assert!(pool.status().to_string().contains("panicked"), "{}", pool.status());
+    assert!(
+        pool.status().to_string().contains("panicked"),
+        "{}",
+        pool.status()
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -326,11 +363,16 @@ async fn nobody_registered_fails_at_once_and_waits_if_asked_to() {
     let began = time::Instant::now();
     for _ in 0..100 {
         let error = hasty.clone().oneshot(0).await.unwrap_err();
-        assert_eq!((error.kind(), error.sent()), (Kind::NoSession, Sent::Unsent));
+        assert_eq!(
+            (error.kind(), error.sent()),
+            (Kind::NoSession, Sent::Unsent)
+        );
     }
     assert_eq!(began.elapsed(), Duration::ZERO);
 
-    let patient: Vec<_> = (0..100).map(|_| tokio::spawn(pool.clone().oneshot(0))).collect();
+    let patient: Vec<_> = (0..100)
+        .map(|_| tokio::spawn(pool.clone().oneshot(0)))
+        .collect();
     time::sleep(Duration::from_secs(10)).await;
     insert(&updates, node("a"));
     for call in patient {
@@ -355,7 +397,11 @@ async fn calls_wait_for_a_first_attempt_and_not_for_a_later_one() {
     updates.send(Update::Synced).unwrap();
     let began = time::Instant::now();
     let error = pool.clone().oneshot(0).await.unwrap_err();
-    assert_eq!(began.elapsed().as_millis(), 2000, "it waited for the attempt");
+    assert_eq!(
+        began.elapsed().as_millis(),
+        2000,
+        "it waited for the attempt"
+    );
     assert_eq!(error.kind(), Kind::NotConnected);
     let text = error.to_string();
     assert!(
@@ -416,7 +462,12 @@ async fn three_attempts_with_backoff_then_offline_then_slow_probes() {
     assert_eq!(net.attempts(), [0, 1000, 2600, 32_600, 62_600]);
     assert_eq!(pool.status().endpoints[0].state, Connectivity::Offline);
     let error = pool.clone().oneshot(0).await.unwrap_err();
-    assert!(error.to_string().contains("a:1 (id a) connection refused (5 attempts, last "), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains("a:1 (id a) connection refused (5 attempts, last "),
+        "{error}"
+    );
 
     // A word of the registry dials at once; a flood of words does not dial a flood.
     for _ in 0..50 {
@@ -479,7 +530,9 @@ async fn a_deleted_session_fails_its_calls_in_flight_with_its_name() {
     insert(&updates, node("a"));
     updates.send(Update::Synced).unwrap();
     until(&pool, "a", Connectivity::Ready).await;
-    let calls: Vec<_> = (0..20).map(|_| tokio::spawn(pool.clone().oneshot(60_000))).collect();
+    let calls: Vec<_> = (0..20)
+        .map(|_| tokio::spawn(pool.clone().oneshot(60_000)))
+        .collect();
     time::sleep(Duration::from_millis(10)).await;
     assert_eq!(pool.status().endpoints[0].in_flight, 20);
     remove(&updates, "a");
@@ -522,7 +575,9 @@ async fn a_stopping_session_gets_no_new_picks_and_finishes_its_calls() {
     assert_eq!(&*last.await.unwrap().unwrap(), "a");
     // What has no calls left and does not close by itself is closed at the bound.
     let line = net.line("a");
-    time::timeout(Duration::from_secs(31), line.closed()).await.unwrap();
+    time::timeout(Duration::from_secs(31), line.closed())
+        .await
+        .unwrap();
 }
 
 #[tokio::test(start_paused = true)]
@@ -551,9 +606,12 @@ async fn the_load_of_a_dropped_call_is_given_back() {
     insert(&updates, node("a"));
     until(&pool, "a", Connectivity::Ready).await;
     let in_flight = || pool.status().endpoints[0].in_flight;
-    let mut calls: Vec<_> = (0..3).map(|_| Box::pin(pool.clone().oneshot(1000))).collect();
+    let mut calls: Vec<_> = (0..3)
+        .map(|_| Box::pin(pool.clone().oneshot(1000)))
+        .collect();
     for call in &mut calls {
-        let polled = std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut *call).poll(cx).is_pending()));
+        let polled =
+            std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut *call).poll(cx).is_pending()));
         assert!(polled.await);
     }
     assert_eq!(in_flight(), 3);
@@ -581,7 +639,10 @@ async fn stop_ends_calls_waiting_calls_and_tasks() {
         assert_eq!(error.kind(), Kind::Stopped);
         assert_eq!(error.code(), tonic::Code::Cancelled);
     }
-    assert_eq!(pool.clone().oneshot(0).await.unwrap_err().kind(), Kind::Stopped);
+    assert_eq!(
+        pool.clone().oneshot(0).await.unwrap_err().kind(),
+        Kind::Stopped
+    );
     pool.stop().await;
     assert!(updates.is_closed(), "the driver has let go of discovery");
 }
@@ -598,7 +659,9 @@ async fn dropping_the_last_clone_ends_the_driver_and_its_endpoints() {
     let line = Arc::downgrade(&net.line("a"));
     net.lines.lock().unwrap().clear();
     drop(other);
-    time::timeout(Duration::from_secs(1), updates.closed()).await.expect("the driver ends");
+    time::timeout(Duration::from_secs(1), updates.closed())
+        .await
+        .expect("the driver ends");
     time::sleep(Duration::from_millis(1)).await;
     assert_eq!(line.strong_count(), 0, "the connection is held by nobody");
 }
@@ -608,7 +671,10 @@ fn a_pool_cannot_be_made_outside_a_runtime_and_says_so() {
     let list = ServiceList::new::<()>(vec![service_fn(|(): ()| async { Ok::<_, Infallible>(()) })]);
     let error = Pool::<_, Plain>::from_discover("x", list).unwrap_err();
     assert_eq!(error.kind(), Kind::Invalid);
-    assert!(error.to_string().contains("outside a tokio runtime"), "{error}");
+    assert!(
+        error.to_string().contains("outside a tokio runtime"),
+        "{error}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -656,7 +722,12 @@ async fn calls_go_on_while_everything_changes_under_them() {
             tokio::task::yield_now().await;
         }
     };
-    time::timeout(Duration::from_secs(10), alone).await.expect("only one stays");
+    time::timeout(Duration::from_secs(10), alone)
+        .await
+        .expect("only one stays");
     assert_eq!(pool.status().endpoints[0].in_flight, 0);
-    assert_eq!(&*pool.to(Instance::from("stays")).oneshot(0).await.unwrap(), "stays");
+    assert_eq!(
+        &*pool.to(Instance::from("stays")).oneshot(0).await.unwrap(),
+        "stays"
+    );
 }

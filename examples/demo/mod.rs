@@ -24,7 +24,13 @@ use self::{
     server::Node,
 };
 
-#[allow(clippy::all, unreachable_pub, missing_docs, dead_code, reason = "generated")]
+#[allow(
+    clippy::all,
+    unreachable_pub,
+    missing_docs,
+    dead_code,
+    reason = "generated"
+)]
 pub mod pb {
     include!(concat!(env!("CARGO_MANIFEST_DIR"), "/proto/gen/echo.rs"));
 }
@@ -67,8 +73,13 @@ async fn story(home: impl Home) -> anyhow::Result<()> {
     let clock = Clock(Instant::now());
 
     let began = Instant::now();
-    let status = call(&channel, "anybody?").await.expect_err("nobody is registered");
-    clock.tell(&format!("a call before any server is there fails in {}:", short(began.elapsed())));
+    let status = call(&channel, "anybody?")
+        .await
+        .expect_err("nobody is registered");
+    clock.tell(&format!(
+        "a call before any server is there fails in {}:",
+        short(began.elapsed())
+    ));
     clock.quote(&status);
     anyhow::ensure!(status.code() == Code::Unavailable, "{status}");
 
@@ -79,7 +90,10 @@ async fn story(home: impl Home) -> anyhow::Result<()> {
     let tally = Shared::default();
     let stop = Arc::new(AtomicBool::new(false));
     // Until the first server is seen there is nobody to call.
-    until(Duration::from_secs(5), || async { call(&channel, "first").await.is_ok() }).await?;
+    until(Duration::from_secs(5), || async {
+        call(&channel, "first").await.is_ok()
+    })
+    .await?;
     clock.tell("servers a, b and c have registered; the callers begin");
     let callers: Vec<_> = (0..4)
         .map(|_| tokio::spawn(keep_calling(channel.clone(), tally.clone(), stop.clone())))
@@ -89,31 +103,50 @@ async fn story(home: impl Home) -> anyhow::Result<()> {
     let mut total = clock.lines(3, &tally).await;
     for id in ["a", "b", "c"] {
         let share = total.share(id);
-        anyhow::ensure!((0.2..0.5).contains(&share), "{id} got {share:.2} of the calls");
+        anyhow::ensure!(
+            (0.2..0.5).contains(&share),
+            "{id} got {share:.2} of the calls"
+        );
     }
 
     if let Some(node) = nodes.get_mut("b") {
         node.kill();
-        clock.tell("server b is killed. It said nothing: its session stays until its lease runs out");
+        clock.tell(
+            "server b is killed. It said nothing: its session stays until its lease runs out",
+        );
     }
     time::sleep(Duration::from_millis(50)).await;
     pinned_fails(&clock, &channel).await?;
     total.add(clock.lines(4, &tally).await);
 
-    until(Duration::from_secs(6), || async { manager.status().roles[0].endpoints.len() == 2 })
-        .await?;
+    until(Duration::from_secs(6), || async {
+        manager.status().roles[0].endpoints.len() == 2
+    })
+    .await?;
     clock.tell("b's lease has run out: its session is gone from the registry");
     pinned_fails(&clock, &channel).await?;
 
     nodes.insert("b", Node::start(&home, "b").await?);
     let back = Instant::now();
-    clock.tell(&format!("server b is started again, now at {}", nodes["b"].address));
+    clock.tell(&format!(
+        "server b is started again, now at {}",
+        nodes["b"].address
+    ));
     let one = channel.to("b");
-    until(Duration::from_secs(5), || async { call(&one, "are you back?").await.is_ok() }).await?;
-    clock.tell(&format!("b answers {} later; nobody did anything", short(back.elapsed())));
+    until(Duration::from_secs(5), || async {
+        call(&one, "are you back?").await.is_ok()
+    })
+    .await?;
+    clock.tell(&format!(
+        "b answers {} later; nobody did anything",
+        short(back.elapsed())
+    ));
     let after = clock.lines(3, &tally).await;
     let share = after.share("b");
-    anyhow::ensure!(share > 0.2, "b got {share:.2} of the calls after its return");
+    anyhow::ensure!(
+        share > 0.2,
+        "b got {share:.2} of the calls after its return"
+    );
     total.add(after);
 
     stop.store(true, Ordering::Relaxed);
@@ -187,7 +220,10 @@ async fn pinned_fails(clock: &Clock, channel: &Channel) -> anyhow::Result<()> {
     clock.quote(&status);
     anyhow::ensure!(took < Duration::from_millis(100), "it took {took:?}");
     let error = Error::of(&status);
-    anyhow::ensure!(error.is_some(), "it carries no error of switchboard's: {status:?}");
+    anyhow::ensure!(
+        error.is_some(),
+        "it carries no error of switchboard's: {status:?}"
+    );
     Ok(())
 }
 

@@ -36,7 +36,10 @@ impl Node {
                 Ok::<_, std::io::Error>(stream)
             });
             let service = echo_server::EchoServer::new(Echo { id });
-            Server::builder().add_service(service).serve_with_incoming(incoming).await?;
+            Server::builder()
+                .add_service(service)
+                .serve_with_incoming(incoming)
+                .await?;
             anyhow::Ok(())
         });
         let session = Session::new("echo", address.to_string()).with_id(id);

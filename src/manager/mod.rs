@@ -15,7 +15,7 @@ pub use crate::pool::status::{Connectivity, Discovery, EndpointStatus};
 use crate::{
     error::{Error, Kind},
     pool::{Pool, PoolConfig, status},
-    registry::{Registry, check_role},
+    registry::{Registry, session::check_role},
     transport::{Connection, Connector},
 };
 

@@ -7,6 +7,7 @@ use std::{
     panic::AssertUnwindSafe,
     pin::pin,
     sync::Arc,
+    thread,
     time::{Instant, SystemTime},
 };
 
@@ -144,10 +145,7 @@ where
     }
 
     /// False when there is nothing more to come.
-    fn on_update(
-        &mut self,
-        update: Result<Option<Update<K, Arc<T>>>, Box<dyn std::any::Any + Send>>,
-    ) -> bool {
+    fn on_update(&mut self, update: thread::Result<Option<Update<K, Arc<T>>>>) -> bool {
         match update {
             Ok(Some(Update::Change(Change::Insert(key, target)))) => self.insert(key, target),
             Ok(Some(Update::Change(Change::Remove(key)))) => self.remove(&key),
@@ -280,7 +278,11 @@ where
         let now = SystemTime::now();
         match event {
             Event::Connecting { first } => {
-                let phase = if first { Phase::Connecting } else { Phase::Retrying };
+                let phase = if first {
+                    Phase::Connecting
+                } else {
+                    Phase::Retrying
+                };
                 if known.state.phase != phase {
                     known.state.phase = phase;
                     known.state.since = now;
@@ -303,7 +305,11 @@ where
                 attempts,
                 offline,
             } => {
-                let phase = if offline { Phase::Offline } else { Phase::Retrying };
+                let phase = if offline {
+                    Phase::Offline
+                } else {
+                    Phase::Retrying
+                };
                 if known.state.phase != phase {
                     tracing::warn!(%peer, error = %why, attempts, offline, "cannot connect");
                     known.state.phase = phase;

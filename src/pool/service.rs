@@ -264,9 +264,16 @@ impl<S> Shared<S> {
     }
 
     /// Why no endpoint could be picked from this snapshot, and whether it is worth waiting.
-    fn unpicked(&self, snapshot: &Snapshot<S>, pinned: Option<&Instance>, patient: bool) -> Unpicked {
+    fn unpicked(
+        &self,
+        snapshot: &Snapshot<S>,
+        pinned: Option<&Instance>,
+        patient: bool,
+    ) -> Unpicked {
         let error = match &snapshot.resolution {
-            Resolution::Stopped => return Unpicked::Fail(Error::new(Kind::Stopped).with_role(&self.role)),
+            Resolution::Stopped => {
+                return Unpicked::Fail(Error::new(Kind::Stopped).with_role(&self.role));
+            }
             Resolution::Pending => return Unpicked::Wait,
             Resolution::Failed(why) => {
                 Error::new(Kind::RegistryUnreachable).with_shared_source(why.clone())
@@ -281,9 +288,12 @@ impl<S> Shared<S> {
                     Some(entry) => entry.unready(),
                 },
                 None if snapshot.all.len() == 0 => Error::new(Kind::NoSession),
-                None if snapshot.ready.len() > 0 || snapshot.connecting > 0 => return Unpicked::Wait,
-                None => Error::new(Kind::NotConnected)
-                    .unready(snapshot.all.len(), snapshot.troubles()),
+                None if snapshot.ready.len() > 0 || snapshot.connecting > 0 => {
+                    return Unpicked::Wait;
+                }
+                None => {
+                    Error::new(Kind::NotConnected).unready(snapshot.all.len(), snapshot.troubles())
+                }
             },
         };
         match patient {
@@ -354,8 +364,9 @@ where
                 StateProj::Calling { response, call } => {
                     let result = ready!(response.poll(cx));
                     let Some(call) = call.take() else {
-                        return Poll::Ready(Err(Error::new(Kind::Internal)
-                            .with_reason("polled after it was ready")));
+                        return Poll::Ready(Err(
+                            Error::new(Kind::Internal).with_reason("polled after it was ready")
+                        ));
                     };
                     return Poll::Ready(match result {
                         Ok(response) => Ok(P::track(response, call)),
@@ -411,8 +422,9 @@ where
                         let (Some(mut picked), Some(request)) =
                             (self.picked.take(), self.request.take())
                         else {
-                            return Poll::Ready(Err(Error::new(Kind::Internal)
-                                .with_reason("polled after it was ready")));
+                            return Poll::Ready(Err(
+                                Error::new(Kind::Internal).with_reason("polled after it was ready")
+                            ));
                         };
                         return Poll::Ready(Ok((picked.service.call(request), picked.call)));
                     }

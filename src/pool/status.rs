@@ -88,7 +88,11 @@ impl<S, P> Pool<S, P> {
     /// What it is doing at this moment. Costs a walk over all endpoints, and holds up nobody.
     pub fn status(&self) -> Status {
         let snapshot = self.snapshot();
-        let mut endpoints: Vec<_> = snapshot.all.values().map(|e| EndpointStatus::of(e)).collect();
+        let mut endpoints: Vec<_> = snapshot
+            .all
+            .values()
+            .map(|e| EndpointStatus::of(e))
+            .collect();
         endpoints.sort_by(|a, b| a.peer.id.cmp(&b.peer.id));
         Status {
             role: self.role_arc(),
@@ -138,9 +142,16 @@ impl EndpointStatus {
 impl fmt::Display for Status {
     /// A table, a line for each endpoint.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ready = self.endpoints.iter().filter(|e| e.state == Connectivity::Ready);
+        let ready = self
+            .endpoints
+            .iter()
+            .filter(|e| e.state == Connectivity::Ready);
         let (ready, all) = (ready.count(), self.endpoints.len());
-        writeln!(f, "{}: {ready} of {all} ready, discovery {}", self.role, self.discovery)?;
+        writeln!(
+            f,
+            "{}: {ready} of {all} ready, discovery {}",
+            self.role, self.discovery
+        )?;
         let width = |of: fn(&EndpointStatus) -> usize, least: usize| {
             self.endpoints.iter().map(of).max().unwrap_or(0).max(least)
         };

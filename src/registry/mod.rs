@@ -8,7 +8,7 @@ mod codec;
 mod fixed;
 mod memory;
 mod registration;
-mod session;
+pub(crate) mod session;
 pub(crate) mod store;
 
 use std::{fmt, sync::Arc};

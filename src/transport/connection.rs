@@ -386,7 +386,9 @@ impl Drop for AbortOnDrop {
 
 impl fmt::Debug for AbortOnDrop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("AbortOnDrop").field(&self.0.is_some()).finish()
+        f.debug_tuple("AbortOnDrop")
+            .field(&self.0.is_some())
+            .finish()
     }
 }
 

@@ -51,7 +51,13 @@ impl Proxy {
             while let Ok((client, _)) = listener.accept().await {
                 count.fetch_add(1, Ordering::SeqCst);
                 *last.lock().unwrap() = Some(Instant::now());
-                links.spawn(link(client, to, modes.clone(), reset.clone(), delay.clone()));
+                links.spawn(link(
+                    client,
+                    to,
+                    modes.clone(),
+                    reset.clone(),
+                    delay.clone(),
+                ));
             }
         });
         Self {
@@ -80,7 +86,8 @@ impl Proxy {
 
     /// Delays everything in both directions.
     pub fn delay(&self, delay: Duration) {
-        self.delay_ms.store(delay.as_millis() as u64, Ordering::SeqCst);
+        self.delay_ms
+            .store(delay.as_millis() as u64, Ordering::SeqCst);
     }
 
     /// Ends all connections with RST.
@@ -153,7 +160,8 @@ pub struct Blackhole {
 
 impl Blackhole {
     pub fn new() -> Self {
-        let stream = || socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        let stream =
+            || socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
         let listener = stream();
         listener
             .bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())

@@ -93,7 +93,9 @@ impl EchoServer {
             });
             Server::builder()
                 .max_concurrent_streams(options.max_streams)
-                .add_service(echo_server::EchoServer::new(service).max_decoding_message_size(64 << 20))
+                .add_service(
+                    echo_server::EchoServer::new(service).max_decoding_message_size(64 << 20),
+                )
                 .serve_with_incoming_shutdown(incoming, async {
                     let _ = stopped.await;
                 })
@@ -135,7 +137,8 @@ impl Drop for EchoServer {
 // The port of a server that was just killed may take a moment to be free.
 fn bind(address: SocketAddr) -> TcpListener {
     for _ in 0..200 {
-        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        let socket =
+            socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
         socket.set_reuse_address(true).unwrap();
         if socket.bind(&address.into()).is_ok() && socket.listen(1024).is_ok() {
             return socket.into();
@@ -164,7 +167,10 @@ impl Seen {
             Some(value.to_str().unwrap().to_owned())
         };
         self.timeouts.lock().unwrap().extend(header("grpc-timeout"));
-        self.user_agents.lock().unwrap().extend(header("user-agent"));
+        self.user_agents
+            .lock()
+            .unwrap()
+            .extend(header("user-agent"));
         self.started.fetch_add(1, Ordering::SeqCst);
         let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
         self.most_at_once.fetch_max(now, Ordering::SeqCst);
