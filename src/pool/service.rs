@@ -311,7 +311,11 @@ impl<S> Shared<S> {
                 Error::new(Kind::RegistryUnreachable).with_reason(waited)
             }
             Unpicked::Wait if snapshot.all.len() > 0 => {
-                Error::new(Kind::NotConnected).unready(snapshot.all.len(), snapshot.troubles())
+                match pinned.and_then(|instance| snapshot.all.get(instance.id())) {
+                    Some(entry) => return entry.unready(),
+                    None => Error::new(Kind::NotConnected)
+                        .unready(snapshot.all.len(), snapshot.troubles()),
+                }
             }
             Unpicked::Wait => Error::new(Kind::NotConnected).with_reason(waited),
         }

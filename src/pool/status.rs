@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     endpoint::Target,
-    error::{Peer, SharedError},
+    error::{Brief, Peer, SharedError},
 };
 
 /// A picture of one pool.
@@ -176,9 +176,9 @@ impl fmt::Display for Status {
             )?;
             match (&endpoint.last_error, endpoint.attempts) {
                 (None, _) => writeln!(f, "-")?,
-                (Some(why), 0) => writeln!(f, "{why}")?,
-                (Some(why), 1) => writeln!(f, "{why} (1 attempt)")?,
-                (Some(why), n) => writeln!(f, "{why} ({n} attempts)")?,
+                (Some(why), 0) => writeln!(f, "{}", Brief(&**why))?,
+                (Some(why), 1) => writeln!(f, "{} (1 attempt)", Brief(&**why))?,
+                (Some(why), n) => writeln!(f, "{} ({n} attempts)", Brief(&**why))?,
             }
         }
         Ok(())
