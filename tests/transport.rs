@@ -597,6 +597,41 @@ async fn it_works_inside_anybodys_tower_stack_and_interceptors() {
         .unwrap();
 }
 
+#[tokio::test]
+async fn a_tonic_endpoint_can_serve_instead_of_our_transport() {
+    use switchboard::{
+        Pool, Registry as _,
+        discover::Member,
+        endpoint::{BoxError, Connected},
+    };
+
+    let server = EchoServer::start("a");
+    let registry = Fixed::new([Session::new("echo", server.address()).with_id("a")]).unwrap();
+    let connect = |member: &Member| {
+        let uri = format!("http://{}", member.session().address());
+        async move {
+            let endpoint = tonic::transport::Endpoint::from_shared(uri)?;
+            Ok::<_, BoxError>(Connected::new(endpoint.connect().await?))
+        }
+    };
+    let updates = registry.discover("echo").unwrap().updates();
+    let pool: Pool<_> = Pool::new("echo", PoolConfig::default(), updates, connect).unwrap();
+    let answer = EchoClient::new(pool.clone())
+        .unary(message("hello"))
+        .await
+        .unwrap();
+    assert_eq!(answer.get_ref().server, "a");
+    EchoClient::new(pool.to("a"))
+        .unary(message("hello"))
+        .await
+        .unwrap();
+    let status = EchoClient::new(pool.to("b"))
+        .unary(message("hello"))
+        .await
+        .unwrap_err();
+    assert_eq!(status.message(), "role echo: instance b is not registered");
+}
+
 #[test]
 fn a_channel_is_what_callers_need_it_to_be() {
     fn is<T: Clone + Send + Sync + Unpin + std::fmt::Debug + 'static>() {}
