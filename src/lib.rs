@@ -15,3 +15,5 @@ pub use error::{Error, Kind, Sent};
 pub use pool::{Instance, Pool, WaitForReady};
 #[cfg(feature = "registry")]
 pub use registry::{MemoryRegistry, Registration, Registry, Session};
+#[cfg(feature = "etcd")]
+pub use registry::EtcdRegistry;
