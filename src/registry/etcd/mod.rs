@@ -132,7 +132,7 @@ impl EtcdRegistry {
     }
 
     /// How discovery through this handle tries again while etcd cannot be reached. Default 100 ms × 2,
-    /// ± 20 %, at most 5 s.
+    /// ± 20 %, at most 1 s.
     #[must_use]
     pub fn with_backoff(mut self, backoff: Backoff) -> Self {
         self.backoff = backoff;
