@@ -379,6 +379,8 @@ impl fmt::Display for Error {
             }
             cause = match error.downcast_ref::<Self>() {
                 Some(_) => None,
+                // A status made from one of ours has its words already, as they were at that time.
+                None if error.is::<Status>() => error.source().filter(|e| Self::of(*e).is_none()),
                 None => error.source(),
             };
         }
@@ -612,5 +614,22 @@ mod tests {
         let error = Error::new(Kind::ConnectionLost).with_source(io);
         assert_eq!(error.to_string(), "connection lost: no route");
         assert_eq!(Status::from(error).message(), "connection lost: no route");
+        // As a generated client inside hands it on; "ago" differs each time that it is put into words.
+        let ago = Instant::now();
+        let unready = Error::new(Kind::NotConnected).unready(
+            1,
+            vec![Trouble {
+                peer: Arc::new(Peer::new("etcd", "h:1", "h:1")),
+                state: "offline",
+                attempts: 1,
+                last: Some((ago, refused())),
+            }],
+        );
+        let status = Status::from(unready);
+        std::thread::sleep(std::time::Duration::from_millis(3));
+        let text = Error::new(Kind::RegistryUnreachable)
+            .with_source(status)
+            .to_string();
+        assert_eq!(text.matches("h:1").count(), 1, "{text}");
     }
 }

@@ -5,6 +5,8 @@
 //! what sessions a role has.
 
 mod codec;
+#[cfg(feature = "etcd")]
+mod etcd;
 mod fixed;
 mod memory;
 mod registration;
@@ -13,6 +15,8 @@ pub(crate) mod store;
 
 use std::{fmt, sync::Arc};
 
+#[cfg(feature = "etcd")]
+pub use self::etcd::EtcdRegistry;
 pub use self::{
     codec::{BadRecord, Codec, Naming},
     fixed::Fixed,

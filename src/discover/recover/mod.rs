@@ -1,18 +1,19 @@
 //! List, watch, and list again: how discovery keeps up with a registry that comes and goes.
 
+mod bad;
+
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashSet, VecDeque},
     fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
 use futures_util::StreamExt as _;
 use tokio::time::{self, Instant};
 
+use self::bad::Bad;
+pub use self::bad::Skipped;
 use super::{
     Update,
     member::{Key, Member},
@@ -37,18 +38,6 @@ pub(crate) struct Settings {
     pub(crate) backoff: Backoff,
 }
 
-/// How many records are skipped now, and how many ever were, because they are no sessions.
-///
-/// A clone is another handle on the same numbers.
-#[derive(Clone, Debug, Default)]
-pub struct Skipped(Arc<Counts>);
-
-#[derive(Debug, Default)]
-struct Counts {
-    now: AtomicU64,
-    total: AtomicU64,
-}
-
 /// One role's discovery: the state machine.
 ///
 /// Nothing is patched. Whatever happens to a watch, the set is kept, and what comes next is a list, the
@@ -60,7 +49,7 @@ pub(super) struct Engine {
     state: State,
     /// In a row, without a watch that was of use in between.
     failures: u32,
-    /// The last thing said when it became stale, so as not to repeat it every few seconds.
+    /// The last thing said when it became stale, so as not to repeat it every second.
     stale: Option<String>,
     bad: Bad,
     queue: VecDeque<Update<Key, Arc<Member>>>,
@@ -77,31 +66,11 @@ enum State {
     Waiting(Duration),
 }
 
-/// The records that are skipped, by key, with the revision that the warning was about.
-struct Bad {
-    skipped: Skipped,
-    warned: HashMap<Arc<str>, u64>,
-}
-
-// === impl Skipped ===
-
-impl Skipped {
-    /// How many records there are now that are skipped.
-    pub fn now(&self) -> u64 {
-        self.0.now.load(Ordering::Relaxed)
-    }
-
-    /// How many were ever skipped; a record that is listed again unchanged counts once.
-    pub fn total(&self) -> u64 {
-        self.0.total.load(Ordering::Relaxed)
-    }
-}
-
-// === impl Settings ===
-
-/// Discovery's own schedule: 100 ms × 2, at most 5 s, ± 20 %.
+/// Discovery's own schedule: 100 ms × 2, at most 1 s, ± 20 %.
 pub(crate) fn default_backoff() -> Backoff {
-    let (initial, max) = (Duration::from_millis(100), Duration::from_secs(5));
+    // A registry that cannot be reached hears nothing of these, and one that is back is to be known
+    // exactly within two seconds.
+    let (initial, max) = (Duration::from_millis(100), Duration::from_secs(1));
     // These are within the bounds; the default is for whoever changes them wrongly.
     Backoff::new(initial, 2.0, max, 0.2).unwrap_or_default()
 }
@@ -117,10 +86,7 @@ impl Engine {
             state: State::Listing,
             failures: 0,
             stale: None,
-            bad: Bad {
-                skipped,
-                warned: HashMap::new(),
-            },
+            bad: Bad::new(skipped),
             queue: VecDeque::new(),
         }
     }
@@ -291,37 +257,6 @@ impl fmt::Debug for Engine {
             .field("state", &state)
             .field("failures", &self.failures)
             .finish_non_exhaustive()
-    }
-}
-
-// === impl Bad ===
-
-impl Bad {
-    fn note(&mut self, key: &Arc<str>, modified: u64, why: &BadRecord, role: &str) {
-        if self.warned.insert(key.clone(), modified) == Some(modified) {
-            return;
-        }
-        self.skipped.0.total.fetch_add(1, Ordering::Relaxed);
-        self.publish();
-        // Quoted: the key may be anybody's, with line breaks and all.
-        tracing::warn!(role, key = ?key, %why, "skipped a record that is no session");
-    }
-
-    fn forget(&mut self, key: &str) {
-        if self.warned.remove(key).is_some() {
-            self.publish();
-        }
-    }
-
-    fn keep(&mut self, keep: impl Fn(&str) -> bool) {
-        self.warned.retain(|key, _| keep(key));
-        self.publish();
-    }
-
-    fn publish(&self) {
-        // Relaxed: a number for people to read, which orders nothing.
-        let now = self.warned.len() as u64;
-        self.skipped.0.now.store(now, Ordering::Relaxed);
     }
 }
 

@@ -13,11 +13,13 @@ use crate::{
     registry::{MemoryRegistry, Naming, Session},
 };
 
+type Told = Result<Vec<Event>, Broken>;
+
 /// A store that does as it is told.
 #[derive(Debug, Default)]
 struct Scripted {
     lists: Mutex<VecDeque<Result<Listing, BoxError>>>,
-    watches: Mutex<VecDeque<mpsc::UnboundedReceiver<Result<Vec<Event>, Broken>>>>,
+    watches: Mutex<VecDeque<mpsc::UnboundedReceiver<Told>>>,
     calls: Mutex<Vec<String>>,
     started: Mutex<Option<Instant>>,
 }

@@ -23,6 +23,8 @@ pub(super) struct History {
     records: BTreeMap<Bytes, Stored>,
     events: VecDeque<(u64, Event)>,
     leases: BTreeMap<u64, Lease>,
+    /// The leases that nobody keeps alive, by when they are over.
+    ending: BTreeSet<(Instant, u64)>,
     last_lease: u64,
 }
 
@@ -35,8 +37,6 @@ struct Stored {
 #[derive(Debug)]
 struct Lease {
     ttl: Duration,
-    /// None while somebody keeps it alive.
-    until: Option<Instant>,
     keys: BTreeSet<Bytes>,
 }
 
@@ -54,6 +54,7 @@ impl History {
             records: BTreeMap::new(),
             events: VecDeque::new(),
             leases: BTreeMap::new(),
+            ending: BTreeSet::new(),
             last_lease: 0,
         }
     }
@@ -138,7 +139,6 @@ impl History {
         self.last_lease += 1;
         let lease = Lease {
             ttl,
-            until: None,
             keys: BTreeSet::new(),
         };
         self.leases.insert(self.last_lease, lease);
@@ -146,15 +146,15 @@ impl History {
     }
 
     /// Nobody keeps it alive from now on.
-    pub(super) fn abandon(&mut self, lease: u64, now: Instant) {
-        if let Some(lease) = self.leases.get_mut(&lease) {
-            lease.until = Some(now + lease.ttl);
+    pub(super) fn abandon(&mut self, id: u64, now: Instant) {
+        if let Some(lease) = self.leases.get(&id) {
+            self.ending.insert((now + lease.ttl, id));
         }
     }
 
     /// Ends a lease, and all records under it at one revision.
-    pub(super) fn revoke(&mut self, lease: u64) {
-        let Some(lease) = self.leases.remove(&lease) else {
+    pub(super) fn revoke(&mut self, id: u64) {
+        let Some(lease) = self.leases.remove(&id) else {
             return;
         };
         if !lease.keys.is_empty() {
@@ -167,27 +167,27 @@ impl History {
 
     /// Ends the leases that are over. True if there were any.
     pub(super) fn expire(&mut self, now: Instant) -> bool {
-        let over = self
-            .leases
-            .iter()
-            .filter(|(_, l)| l.until.is_some_and(|until| until <= now));
-        let over: Vec<u64> = over.map(|(id, _)| *id).collect();
-        for lease in &over {
-            self.revoke(*lease);
+        let mut any = false;
+        while let Some((until, id)) = self.ending.first().copied()
+            && until <= now
+        {
+            self.ending.pop_first();
+            self.revoke(id);
+            any = true;
         }
-        !over.is_empty()
+        any
     }
 
     /// When the next lease is over.
     pub(super) fn next_expiry(&self) -> Option<Instant> {
-        self.leases.values().filter_map(|lease| lease.until).min()
+        self.ending.first().map(|(until, _)| *until)
     }
 
     /// Gives each lease its whole TTL once more: what a new leader of etcd does, which cannot know who
     /// would have been heard of meanwhile.
     pub(super) fn extend(&mut self, now: Instant) {
-        for lease in self.leases.values_mut() {
-            lease.until = lease.until.map(|_| now + lease.ttl);
+        for (_, id) in std::mem::take(&mut self.ending) {
+            self.abandon(id, now);
         }
     }
 

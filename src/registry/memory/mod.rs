@@ -2,6 +2,7 @@
 
 mod history;
 mod lease;
+mod listing;
 
 use std::{
     fmt,
@@ -10,28 +11,17 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::stream;
-use tokio::{
-    sync::watch,
-    time::{self, Instant},
-};
+use tokio::{sync::watch, time::Instant};
 
-use self::{
-    history::{Compacted, History},
-    lease::Held,
-};
+use self::{history::History, lease::Held};
 use super::{
-    Codec, Naming, Registration, Registry, Session,
-    registration::held_by,
-    session::check_role,
-    store::{Broken, Event, Listing, Store, Watch},
+    Codec, Naming, Registration, Registry, Session, registration::held_by, session::check_role,
 };
 use crate::{
     Backoff,
     backoff::check_duration,
     discover::{Discovery, Settings, default_backoff},
-    endpoint::BoxFuture,
-    error::{BoxError, Error, Kind},
+    error::{Error, Kind},
 };
 
 /// A registry in this process, with the semantics of etcd: revisions, leases that expire, watches from a
@@ -80,16 +70,6 @@ struct State {
     outages: u64,
 }
 
-/// How far one watch has come.
-struct Cursor {
-    shared: Arc<Shared>,
-    changed: watch::Receiver<u64>,
-    prefix: Bytes,
-    next: u64,
-    outages: u64,
-    over: bool,
-}
-
 // === impl MemoryRegistry ===
 
 impl MemoryRegistry {
@@ -133,7 +113,7 @@ impl MemoryRegistry {
     }
 
     /// How discovery through this handle tries again while the registry is unavailable. Default 100 ms × 2,
-    /// ± 20 %, at most 5 s.
+    /// ± 20 %, at most 1 s.
     #[must_use]
     pub fn with_backoff(mut self, backoff: Backoff) -> Self {
         self.backoff = backoff;
@@ -273,43 +253,6 @@ impl Shared {
     }
 }
 
-impl Store for Shared {
-    fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Listing, BoxError>> {
-        Box::pin(async move {
-            let state = self.lock();
-            match state.available {
-                true => Ok(state.history.list(prefix.as_bytes())),
-                false => Err(UNAVAILABLE.into()),
-            }
-        })
-    }
-
-    fn watch(self: Arc<Self>, prefix: &str, from: u64) -> BoxFuture<'_, Result<Watch, Broken>> {
-        let prefix = Bytes::copy_from_slice(prefix.as_bytes());
-        Box::pin(async move {
-            let outages = {
-                let state = self.lock();
-                if !state.available {
-                    return Err(Broken::Lost(UNAVAILABLE.into()));
-                }
-                state.outages
-            };
-            let cursor = Cursor {
-                changed: self.changed.subscribe(),
-                shared: self,
-                prefix,
-                next: from,
-                outages,
-                over: false,
-            };
-            let watch: Watch = Box::pin(stream::unfold(cursor, async |mut cursor| {
-                Some((cursor.next().await?, cursor))
-            }));
-            Ok(watch)
-        })
-    }
-}
-
 impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let state = self.lock();
@@ -317,51 +260,6 @@ impl fmt::Debug for Shared {
             .field("revision", &state.history.revision())
             .field("available", &state.available)
             .finish_non_exhaustive()
-    }
-}
-
-// === impl Cursor ===
-
-impl Cursor {
-    async fn next(&mut self) -> Option<Result<Vec<Event>, Broken>> {
-        if self.over {
-            return None;
-        }
-        loop {
-            self.changed.mark_unchanged();
-            match self.look() {
-                Ok((events, _)) if !events.is_empty() => return Some(Ok(events)),
-                Ok((_, expiry)) => {
-                    let expired = async {
-                        match expiry {
-                            Some(at) => time::sleep_until(at).await,
-                            None => std::future::pending().await,
-                        }
-                    };
-                    tokio::select! {
-                        // The sender is ours too: it cannot be gone.
-                        _ = self.changed.changed() => {}
-                        () = expired => {}
-                    }
-                }
-                Err(why) => {
-                    self.over = true;
-                    return Some(Err(why));
-                }
-            }
-        }
-    }
-
-    /// What has happened since the last look, and when the next lease is over.
-    fn look(&mut self) -> Result<(Vec<Event>, Option<Instant>), Broken> {
-        let state = self.shared.lock();
-        if !state.available || state.outages != self.outages {
-            return Err(Broken::Lost(UNAVAILABLE.into()));
-        }
-        let events = state.history.since(&self.prefix, self.next);
-        let events = events.map_err(|Compacted(at)| Broken::Compacted { at })?;
-        self.next = self.next.max(state.history.revision() + 1);
-        Ok((events, state.history.next_expiry()))
     }
 }
 

@@ -1,7 +1,12 @@
 use futures_util::{FutureExt as _, StreamExt as _};
 
+use tokio::time;
+
 use super::*;
-use crate::discover::{Change, Update};
+use crate::{
+    discover::{Change, Update},
+    registry::store::{Broken, Event, Store as _},
+};
 
 const SECOND: Duration = Duration::from_secs(1);
 

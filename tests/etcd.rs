@@ -1,0 +1,448 @@
+//! The etcd registry against a real etcd.
+
+#![allow(clippy::expect_used, reason = "a test that cannot go on has failed")]
+
+mod support;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures_util::StreamExt as _;
+use support::etcd::Etcd;
+use switchboard::{
+    EtcdRegistry, Kind, Registry as _, Session,
+    discover::{Change, Key, Member, Skipped, Update, Updates},
+    endpoint::Target as _,
+};
+use tokio::time::{sleep, timeout};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// What discovery has said of a role.
+struct View {
+    updates: Updates,
+    skipped: Skipped,
+    members: BTreeMap<Key, Arc<Member>>,
+    synced: u32,
+    stale: Vec<String>,
+}
+
+impl View {
+    fn of(registry: &EtcdRegistry, role: &str) -> Self {
+        let discovery = registry.discover(role).expect("a good role");
+        Self {
+            skipped: discovery.skipped(),
+            updates: discovery.updates(),
+            members: BTreeMap::new(),
+            synced: 0,
+            stale: Vec::new(),
+        }
+    }
+
+    async fn step(&mut self) {
+        match self.updates.next().await.expect("discovery has no end") {
+            Update::Change(Change::Insert(key, member)) => drop(self.members.insert(key, member)),
+            Update::Change(Change::Remove(key)) => {
+                self.members.remove(&key).expect("only what is there goes");
+            }
+            Update::Synced => self.synced += 1,
+            Update::Stale(why) => self.stale.push(why.to_string()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Reads on until this is so, and returns how long it took.
+    async fn until(&mut self, bound: Duration, what: &str, is: impl Fn(&Self) -> bool) -> Duration {
+        let began = Instant::now();
+        while !is(self) {
+            let left = bound.saturating_sub(began.elapsed());
+            if timeout(left, self.step()).await.is_err() {
+                let (ids, stale) = (self.ids(), &self.stale);
+                panic!(
+                    "not within {bound:?}: {what}; synced {}, {ids:?}, {stale:?}",
+                    self.synced
+                );
+            }
+        }
+        began.elapsed()
+    }
+
+    fn ids(&self) -> Vec<&str> {
+        let mut ids: Vec<_> = self.members.values().map(|m| m.session().id()).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    fn has(&self, ids: &[&str]) -> bool {
+        self.ids() == ids
+    }
+}
+
+async fn registry(etcd: &Etcd) -> EtcdRegistry {
+    let registry = EtcdRegistry::connect([etcd.endpoint()], "demo").await;
+    registry.expect("a good endpoint")
+}
+
+fn value(address: &str) -> String {
+    format!(r#"{{"Op":0,"Addr":"{address}","Metadata":null}}"#)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_is_seen_changed_and_deleted() {
+    let etcd = Etcd::start().await;
+    let registry = registry(&etcd).await;
+    let mut view = View::of(&registry, "echo");
+    view.until(5 * SECOND, "an empty role", |v| v.synced == 1)
+        .await;
+    assert!(view.has(&[]));
+
+    let session = Session::new("echo", "10.0.0.5:1")
+        .with_id(7)
+        .with_version("2.6");
+    let mut registration = registry
+        .register(session.clone())
+        .await
+        .expect("it is free");
+    view.until(SECOND, "7 comes", |v| v.has(&["7"])).await;
+    let (key, member) = view.members.first_key_value().expect("it is there");
+    assert_eq!(&*key.key, "demo/echo/7");
+    assert_eq!(member.session(), &session);
+    let generation = key.generation;
+    assert!(generation > 1 && member.generation() == generation);
+
+    let change = registration.update(|s| s.with_metadata("zone", "b"));
+    change.await.expect("it is ours");
+    let zone = |v: &View| {
+        v.members
+            .values()
+            .any(|m| m.session().metadata().contains_key("zone"))
+    };
+    view.until(SECOND, "7 changes", zone).await;
+    registration.stopping().await.expect("it is ours");
+    view.until(SECOND, "7 stops", |v| {
+        v.members.values().any(|m| m.stopping())
+    })
+    .await;
+    let key = view.members.keys().next().expect("it is there");
+    assert_eq!(
+        key.generation, generation,
+        "a change makes no other generation"
+    );
+
+    registration.deregister().await.expect("etcd answers");
+    view.until(SECOND, "7 goes", |v| v.has(&[])).await;
+
+    // As grpc-go writes it; and a role whose name begins the same is another.
+    etcd.put("demo/echo_other/a", value("10.0.0.9:1")).await;
+    etcd.put("demo/echo/10.0.0.6:1", value("10.0.0.6:1")).await;
+    view.until(SECOND, "grpc-go's comes", |v| v.has(&["10.0.0.6:1"]))
+        .await;
+    assert!(view.stale.is_empty(), "{:?}", view.stale);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn etcd_may_be_started_late() {
+    let mut etcd = Etcd::stopped();
+    let registry = registry(&etcd).await;
+    let mut view = View::of(&registry, "echo");
+    view.until(5 * SECOND, "it says so", |v| !v.stale.is_empty())
+        .await;
+    assert!(view.stale[0].contains(&etcd.address()), "{:?}", view.stale);
+    let error = registry
+        .register(Session::new("echo", "h:1"))
+        .await
+        .expect_err("etcd is away");
+    assert_eq!(error.kind(), Kind::RegistryUnreachable, "{error}");
+
+    let restarted = tokio::spawn(async move {
+        etcd.restart().await;
+        etcd
+    });
+    view.until(30 * SECOND, "the first list", |v| v.synced == 1)
+        .await;
+    let etcd = restarted.await.expect("it starts");
+    let _held = registry
+        .register(Session::new("echo", "h:1"))
+        .await
+        .expect("etcd is there");
+    view.until(SECOND, "the session comes", |v| v.has(&["h:1"]))
+        .await;
+    drop(etcd);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_with_changes_and_a_compaction_heals_exactly() {
+    let mut etcd = Etcd::start().await;
+    let registry = registry(&etcd).await;
+    for id in ["stays", "changes", "goes", "returns"] {
+        etcd.put(&format!("demo/echo/{id}"), value(&format!("{id}:1")))
+            .await;
+    }
+    let mut view = View::of(&registry, "echo");
+    view.until(5 * SECOND, "the first list", |v| v.synced == 1)
+        .await;
+    let before: HashMap<_, _> = view
+        .members
+        .iter()
+        .map(|(k, m)| (m.session().id().to_owned(), (k.generation, m.clone())))
+        .collect();
+
+    etcd.kill();
+    view.until(5 * SECOND, "the break", |v| !v.stale.is_empty())
+        .await;
+    assert_eq!(view.members.len(), 4, "what is known is kept");
+
+    // Long enough for the longest delay. Then nobody reads on while all this happens: the watch cannot
+    // have come back in between.
+    let _ = timeout(3 * SECOND, async {
+        loop {
+            view.step().await;
+        }
+    })
+    .await;
+    etcd.restart().await;
+    etcd.put("demo/echo/changes", value("changed:1")).await;
+    etcd.delete("demo/echo/goes").await;
+    etcd.delete("demo/echo/returns").await;
+    etcd.put("demo/echo/returns", value("returns:1")).await;
+    etcd.put("demo/echo/comes", value("comes:1")).await;
+    etcd.compact().await;
+    let took = view
+        .until(5 * SECOND, "the view is exact", |v| {
+            v.synced == 2 && v.has(&["changes", "comes", "returns", "stays"])
+        })
+        .await;
+    assert!(took < 2 * SECOND, "it took {took:?}");
+    let after: HashMap<_, _> = view
+        .members
+        .iter()
+        .map(|(k, m)| (m.session().id(), (k.generation, m.clone())))
+        .collect();
+    assert!(
+        Arc::ptr_eq(&after["stays"].1, &before["stays"].1),
+        "it was not touched"
+    );
+    assert_eq!(after["changes"].0, before["changes"].0);
+    assert_eq!(after["changes"].1.session().address(), "changed:1");
+    assert!(
+        after["returns"].0 > before["returns"].0,
+        "another generation"
+    );
+
+    etcd.put("demo/echo/last", value("last:1")).await;
+    view.until(SECOND, "the watch is back", |v| v.ids().contains(&"last"))
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_etcd_that_goes_silent_is_found_out_and_its_return_heals() {
+    let etcd = Etcd::start().await;
+    let registry = registry(&etcd).await;
+    etcd.put("demo/echo/a", value("a:1")).await;
+    let mut view = View::of(&registry, "echo");
+    view.until(5 * SECOND, "the first list", |v| v.synced == 1)
+        .await;
+    etcd.pause();
+    view.until(12 * SECOND, "keepalive finds it out", |v| {
+        !v.stale.is_empty()
+    })
+    .await;
+    assert!(view.has(&["a"]));
+    etcd.resume();
+    view.until(10 * SECOND, "it heals", |v| v.synced == 2).await;
+    etcd.put("demo/echo/b", value("b:1")).await;
+    view.until(SECOND, "the watch is back", |v| v.has(&["a", "b"]))
+        .await;
+}
+
+/// Scenario 18.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bad_records_cost_only_themselves() {
+    let etcd = Etcd::start().await;
+    let registry = registry(&etcd).await;
+    let huge = |n: usize| {
+        format!(
+            r#"{{"Addr":"h:{n}","Metadata":"{}"}}"#,
+            "x".repeat(1_200_000)
+        )
+    };
+    let unknown = r#"{"Addr":"known:1","Surprise":{"a":[1]}}"#;
+    etcd.put("demo/echo/unparsable", "{").await;
+    etcd.put("demo/echo/empty", "").await;
+    // Together more than a gRPC message may have by default.
+    for n in 1..=4 {
+        etcd.put(&format!("demo/echo/huge-{n}"), huge(n)).await;
+    }
+    etcd.put("demo/echo/nested/key", value("h:9")).await;
+    etcd.put("demo/echo/unknown-field", unknown).await;
+    for n in 0..20 {
+        etcd.put(
+            &format!("demo/echo/good-{n:02}"),
+            value(&format!("good:{}", n + 1)),
+        )
+        .await;
+    }
+    let mut view = View::of(&registry, "echo");
+    view.until(10 * SECOND, "the first list", |v| v.synced == 1)
+        .await;
+    assert_eq!(view.members.len(), 21, "{:?}", view.ids());
+    assert_eq!((view.skipped.now(), view.skipped.total()), (7, 7));
+
+    // The same through the watch.
+    etcd.put("demo/echo/late-unparsable", "\u{0}").await;
+    etcd.put("demo/echo/late-empty", "").await;
+    etcd.put("demo/echo/late-huge", huge(5)).await;
+    etcd.put("demo/echo/late-nested/key", value("h:10")).await;
+    etcd.put("demo/echo/last", value("last:1")).await;
+    view.until(5 * SECOND, "the last", |v| v.ids().contains(&"last"))
+        .await;
+    assert_eq!(view.members.len(), 22, "{:?}", view.ids());
+    assert_eq!((view.skipped.now(), view.skipped.total()), (11, 11));
+    etcd.put("demo/echo/unparsable", value("mended:1")).await;
+    view.until(SECOND, "it is mended", |v| v.ids().contains(&"unparsable"))
+        .await;
+    assert_eq!(view.skipped.now(), 10);
+    assert!(view.stale.is_empty(), "{:?}", view.stale);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_registration_outlives_its_ttl_and_an_abandoned_one_does_not() {
+    let etcd = Etcd::start().await;
+    let registry = registry(&etcd).await.with_ttl(SECOND).expect("a good TTL");
+    let mut view = View::of(&registry, "echo");
+    let kept = registry
+        .register(Session::new("echo", "kept:1"))
+        .await
+        .expect("it is free");
+    let left = registry
+        .register(Session::new("echo", "left:1"))
+        .await
+        .expect("it is free");
+    view.until(5 * SECOND, "both", |v| v.has(&["kept:1", "left:1"]))
+        .await;
+
+    let taken = registry
+        .register(Session::new("echo", "other:1").with_id("kept:1"))
+        .await;
+    let error = taken.expect_err("it is held");
+    assert_eq!(error.kind(), Kind::AlreadyRegistered);
+    let text = error.to_string();
+    assert!(
+        text.contains("demo/echo/kept:1 is held by instance kept:1 at kept:1"),
+        "{text}"
+    );
+
+    sleep(4 * SECOND).await;
+    left.abandon();
+    view.until(5 * SECOND, "the abandoned one goes", |v| v.has(&["kept:1"]))
+        .await;
+    drop(kept);
+    view.until(SECOND, "the dropped one goes", |v| v.has(&[]))
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_registration_whose_lease_ran_out_comes_back() {
+    let etcd = Etcd::start().await;
+    let registry = registry(&etcd).await.with_ttl(SECOND).expect("a good TTL");
+    let mut view = View::of(&registry, "echo");
+    let session = Session::new("echo", "h:1");
+    let mut held = registry.register(session).await.expect("it is free");
+    view.until(5 * SECOND, "it comes", |v| v.has(&["h:1"]))
+        .await;
+    let first = view.members.keys().next().expect("it is there").generation;
+    // etcd's own way to end a lease early.
+    held.update(|s| s.with_version("2"))
+        .await
+        .expect("it is ours");
+    let leases = tokio::task::block_in_place(|| etcd.etcdctl(&["lease", "list"]));
+    let lease = leases.lines().last().expect("one lease").trim().to_owned();
+    tokio::task::block_in_place(|| etcd.etcdctl(&["lease", "revoke", &lease]));
+    view.until(SECOND, "it goes", |v| v.has(&[])).await;
+    view.until(2 * SECOND, "it comes back", |v| v.has(&["h:1"]))
+        .await;
+    let (key, member) = view.members.first_key_value().expect("it is there");
+    assert!(key.generation > first);
+    assert_eq!(member.session().version(), "2", "as it was last written");
+    held.deregister().await.expect("etcd answers");
+    view.until(SECOND, "it goes", |v| v.has(&[])).await;
+    sleep(SECOND).await;
+    assert_eq!(
+        etcd.get("demo/echo/h:1").await,
+        None,
+        "nobody writes it again"
+    );
+}
+
+/// Scenario 19.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_sessions_and_a_hundred_changes_a_second() {
+    let etcd = Etcd::start().await;
+    let registry = registry(&etcd).await;
+    let kv = etcd.kv().await;
+    let put = |n: usize, address: String| {
+        let mut kv = kv.clone();
+        let request = support::etcd::pb::PutRequest {
+            key: format!("demo/echo/{n}").into_bytes().into(),
+            value: value(&address).into_bytes().into(),
+            lease: 0,
+        };
+        async move { kv.put(request).await.map(drop) }
+    };
+    let puts = (0..1000).map(|n| put(n, format!("first-{n}:1")));
+    let done = futures_util::stream::iter(puts)
+        .buffer_unordered(50)
+        .collect::<Vec<_>>()
+        .await;
+    assert!(done.iter().all(Result::is_ok), "{done:?}");
+
+    let mut view = View::of(&registry, "echo");
+    let took = view
+        .until(10 * SECOND, "the first list", |v| v.synced == 1)
+        .await;
+    assert_eq!(view.members.len(), 1000);
+    eprintln!("1,000 sessions were listed in {took:?}");
+
+    // Every change is timed from before its PUT, which is more than from its watch event.
+    let (times, mut sent) = tokio::sync::mpsc::unbounded_channel();
+    let mut changes = Vec::new();
+    for n in 0..300 {
+        changes.push((n, put(n, format!("second-{n}:1"))));
+    }
+    let writer = tokio::spawn(async move {
+        let mut every = tokio::time::interval(Duration::from_millis(10));
+        for (n, change) in changes {
+            every.tick().await;
+            let _ = times.send((n, Instant::now()));
+            tokio::spawn(change);
+        }
+    });
+    let mut began: HashMap<usize, Instant> = HashMap::new();
+    let mut took = Vec::new();
+    while took.len() < 300 {
+        let update = timeout(10 * SECOND, view.updates.next())
+            .await
+            .expect("a change in time");
+        let Some(Update::Change(Change::Insert(_, member))) = update else {
+            panic!("{update:?}");
+        };
+        let now = Instant::now();
+        while let Ok((n, at)) = sent.try_recv() {
+            began.insert(n, at);
+        }
+        let id: usize = member.session().id().parse().expect("a number");
+        took.push(now - began[&id]);
+    }
+    writer.await.expect("it writes");
+    took.sort_unstable();
+    let p99 = took[took.len() * 99 / 100];
+    eprintln!(
+        "a change from PUT to stream: p50 {:?}, p99 {p99:?}",
+        took[took.len() / 2]
+    );
+    assert!(p99 < SECOND / 10, "p99 {p99:?}");
+    assert_eq!(view.synced, 1);
+}

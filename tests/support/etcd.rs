@@ -1,0 +1,270 @@
+//! An etcd of one's own: a process on free ports, with its data in a temporary folder.
+
+use std::{
+    fs,
+    net::TcpListener,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
+
+use tonic::{codegen::Bytes, transport::Channel};
+
+#[allow(
+    clippy::all,
+    dead_code,
+    missing_debug_implementations,
+    missing_docs,
+    rust_2018_idioms,
+    unreachable_pub,
+    reason = "generated"
+)]
+pub mod pb {
+    include!(concat!(env!("CARGO_MANIFEST_DIR"), "/proto/gen/etcd.rs"));
+}
+
+use pb::kv_client::KvClient;
+
+/// An etcd process. Dropping it ends the process and removes its data.
+#[derive(Debug)]
+pub struct Etcd {
+    folder: PathBuf,
+    client_port: u16,
+    peer_port: u16,
+    process: Option<Child>,
+}
+
+impl Etcd {
+    /// Starts one and waits until it answers.
+    pub async fn start() -> Self {
+        let mut etcd = Self::stopped();
+        etcd.restart().await;
+        etcd
+    }
+
+    /// One that is not running yet; its endpoint is known already.
+    pub fn stopped() -> Self {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        let number = LAST.fetch_add(1, Ordering::Relaxed);
+        let name = format!("switchboard-etcd-{}-{number}", std::process::id());
+        Self {
+            folder: std::env::temp_dir().join(name),
+            client_port: free_port(),
+            peer_port: free_port(),
+            process: None,
+        }
+    }
+
+    /// `http://host:port`.
+    pub fn endpoint(&self) -> String {
+        format!("http://127.0.0.1:{}", self.client_port)
+    }
+
+    /// `host:port`.
+    pub fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.client_port)
+    }
+
+    /// Starts it if it is not running, on the same ports and data, and waits until it answers.
+    pub async fn restart(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !self.answers().await {
+            // It may have failed to start: another process can have had the port for a moment.
+            match self.process.as_mut().map(Child::try_wait) {
+                Some(Ok(None)) => {}
+                _ => self.spawn(),
+            }
+            assert!(
+                Instant::now() < deadline,
+                "etcd does not answer at {}; its log is {}",
+                self.endpoint(),
+                self.folder.join("log").display()
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Kills it, as a machine does that loses power.
+    pub fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+
+    /// Stops its process where it is: it keeps its sockets and says nothing.
+    pub fn pause(&self) {
+        self.signal("STOP");
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.signal("CONT");
+    }
+
+    /// Writes a record.
+    pub async fn put(&self, key: &str, value: impl Into<Vec<u8>>) {
+        let request = pb::PutRequest {
+            key: Bytes::copy_from_slice(key.as_bytes()),
+            value: value.into().into(),
+            lease: 0,
+        };
+        self.kv()
+            .await
+            .put(request)
+            .await
+            .expect("etcd takes a record");
+    }
+
+    /// Deletes a record; whether there was one.
+    pub async fn delete(&self, key: &str) -> bool {
+        let request = pb::DeleteRangeRequest {
+            key: Bytes::copy_from_slice(key.as_bytes()),
+            range_end: Bytes::new(),
+        };
+        let answer = self.kv().await.delete_range(request).await;
+        answer.expect("etcd deletes a record").into_inner().deleted > 0
+    }
+
+    /// The value of a record, if there is one.
+    pub async fn get(&self, key: &str) -> Option<Vec<u8>> {
+        let request = pb::RangeRequest {
+            key: Bytes::copy_from_slice(key.as_bytes()),
+            ..Default::default()
+        };
+        let answer = self.kv().await.range(request).await.expect("etcd answers");
+        let record = answer.into_inner().kvs.into_iter().next();
+        record.map(|kv| kv.value.to_vec())
+    }
+
+    /// The current revision.
+    pub async fn revision(&self) -> i64 {
+        let request = pb::RangeRequest {
+            key: Bytes::from_static(b"none"),
+            ..Default::default()
+        };
+        let answer = self.kv().await.range(request).await.expect("etcd answers");
+        answer
+            .into_inner()
+            .header
+            .expect("it has a header")
+            .revision
+    }
+
+    /// Forgets all history up to now, and returns the revision.
+    pub async fn compact(&self) -> i64 {
+        let revision = self.revision().await;
+
+        let output = self.etcdctl(&["compact", "--physical", &revision.to_string()]);
+        assert!(output.contains("compacted"), "{output}");
+        revision
+    }
+
+    /// A client that keeps one connection; for many writes.
+    pub async fn kv(&self) -> KvClient<Channel> {
+        let endpoint = Channel::from_shared(self.endpoint()).expect("a good endpoint");
+        let endpoint = endpoint.connect_timeout(Duration::from_secs(5));
+        let channel = endpoint.connect().await.expect("etcd accepts a connection");
+        KvClient::new(channel)
+    }
+
+    /// What `etcdctl` says to this.
+    pub fn etcdctl(&self, args: &[&str]) -> String {
+        let program = binary("SWITCHBOARD_ETCDCTL", "etcdctl");
+        let output = Command::new(&program)
+            .env("ETCDCTL_API", "3")
+            .args(["--endpoints", &self.endpoint()])
+            .args(args)
+            .output()
+            .unwrap_or_else(|error| panic!("{program}: {error}; run ./tests/run, which gets it"));
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        text(&output.stdout) + &text(&output.stderr)
+    }
+
+    async fn answers(&self) -> bool {
+        if self.process.is_none() {
+            return false;
+        }
+        let Ok(endpoint) = Channel::from_shared(self.endpoint()) else {
+            return false;
+        };
+        let endpoint = endpoint.timeout(Duration::from_secs(2));
+        let Ok(channel) = endpoint.connect().await else {
+            return false;
+        };
+        let request = pb::RangeRequest {
+            key: Bytes::from_static(b"none"),
+            ..Default::default()
+        };
+        KvClient::new(channel).range(request).await.is_ok()
+    }
+
+    fn spawn(&mut self) {
+        fs::create_dir_all(&self.folder).expect("a folder for etcd");
+        let log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.folder.join("log"))
+            .expect("a log for etcd");
+        let program = binary("SWITCHBOARD_ETCD", "etcd");
+        let client = self.endpoint();
+        let peer = format!("http://127.0.0.1:{}", self.peer_port);
+        let process = Command::new(&program)
+            // Leases of a second need elections in less.
+            .args(["--heartbeat-interval", "50", "--election-timeout", "500"])
+            .arg("--data-dir")
+            .arg(self.folder.join("data"))
+            .args(["--name", "one", "--initial-cluster", &format!("one={peer}")])
+            .args([
+                "--listen-client-urls",
+                &client,
+                "--advertise-client-urls",
+                &client,
+            ])
+            .args([
+                "--listen-peer-urls",
+                &peer,
+                "--initial-advertise-peer-urls",
+                &peer,
+            ])
+            .args(["--log-level", "warn"])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a second handle"))
+            .stderr(log)
+            .spawn();
+        self.process = Some(process.unwrap_or_else(|error| {
+            panic!("cannot start {program}: {error}; run ./tests/run, which gets etcd, or set SWITCHBOARD_ETCD to its path")
+        }));
+    }
+
+    fn signal(&self, signal: &str) {
+        let process = self.process.as_ref().expect("etcd is running");
+        let kill = Command::new("kill")
+            .args([&format!("-{signal}"), &process.id().to_string()])
+            .status();
+        assert!(
+            kill.is_ok_and(|status| status.success()),
+            "cannot send SIG{signal} to etcd"
+        );
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        self.kill();
+        if !std::thread::panicking() {
+            let _ = fs::remove_dir_all(&self.folder);
+        }
+    }
+}
+
+fn binary(variable: &str, name: &str) -> String {
+    std::env::var(variable).unwrap_or_else(|_| name.to_owned())
+}
+
+/// A port that was free a moment ago.
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("it has an address").port()
+}
