@@ -25,7 +25,11 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Connector, keepalive};
+use super::{
+    Connector,
+    pings::{self, Keepalive},
+    resets::Resets,
+};
 use crate::{
     endpoint::{BoxFuture, Lifeline},
     error::{Error, Kind, Sent},
@@ -55,6 +59,7 @@ pub(super) struct Core {
     streams: AtomicUsize,
     max_streams: AtomicUsize,
     slot_free: Arc<Notify>,
+    resets: Resets,
     /// When something was last read, in nanoseconds after `born`.
     last_read: AtomicU64,
     born: Instant,
@@ -101,6 +106,7 @@ impl Connection {
             streams: AtomicUsize::new(0),
             max_streams: AtomicUsize::new(usize::MAX),
             slot_free: Arc::new(Notify::new()),
+            resets: Resets::new(),
             last_read: AtomicU64::new(0),
             born: Instant::now(),
             served: AtomicBool::new(false),
@@ -149,15 +155,12 @@ impl Connection {
         // The answer to a ping comes after the peer's settings.
         let max = send.current_max_send_streams();
         core.max_streams.store(max, Ordering::Relaxed);
-        if let Some(interval) = config.keepalive_interval {
-            tokio::spawn(keepalive::run(
-                core.clone(),
-                pings,
-                interval,
-                config.keepalive_timeout,
-                config.keepalive_while_idle,
-            ));
-        }
+        let keepalive = Keepalive {
+            interval: config.keepalive_interval,
+            timeout: config.keepalive_timeout,
+            while_idle: config.keepalive_while_idle,
+        };
+        tokio::spawn(pings::run(core.clone(), pings, keepalive));
         undo.disarm();
         Ok(Self {
             send,
@@ -251,6 +254,10 @@ impl Core {
         if !self.served.load(Ordering::Relaxed) {
             self.served.store(true, Ordering::Relaxed);
         }
+    }
+
+    pub(super) fn resets(&self) -> &Resets {
+        &self.resets
     }
 
     pub(super) fn ended(&self) -> &CancellationToken {
@@ -362,6 +369,8 @@ impl Drop for Ending {
     fn drop(&mut self) {
         let _ = self.0.closed.set((Kind::ConnectionLost, None));
         self.0.ended.cancel();
+        // These hold the core, which holds them.
+        self.0.resets.close();
         // Whoever waits for a stream learns that there will be none.
         self.0.slot_free.notify_waiters();
     }

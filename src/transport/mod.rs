@@ -10,9 +10,10 @@
 mod body;
 mod connection;
 mod dial;
-mod keepalive;
+mod pings;
 mod pump;
 mod request;
+mod resets;
 
 use std::time::Duration;
 

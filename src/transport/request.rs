@@ -16,12 +16,14 @@ use super::{
     body::Body,
     connection::{Connection, Slot},
     pump::Pump,
+    resets::Cancelled,
 };
 use crate::error::{BoxError, Error, Kind, Sent};
 
 /// The head of the response of a call through a [`Connection`].
 ///
-/// Dropping it resets the stream.
+/// Dropping it resets the stream: at once, unless many are dropped together of which the peer has shown
+/// nothing yet; then no later than the peer has answered a ping for each 16 of them.
 #[must_use = "futures do nothing unless polled"]
 pub struct ResponseFuture {
     state: State,
@@ -190,6 +192,25 @@ impl Future for ResponseFuture {
             State::Failed(error) => error,
             _ => Error::new(Kind::Internal).with_reason("polled after it was ready"),
         }))
+    }
+}
+
+impl Drop for ResponseFuture {
+    fn drop(&mut self) {
+        let state = std::mem::replace(&mut self.state, State::Done);
+        if let State::Waiting {
+            response,
+            pump,
+            slot,
+        } = state
+        {
+            let core = slot.core.clone();
+            core.resets().cancel(Cancelled {
+                _response: response,
+                _pump: pump,
+                _slot: slot,
+            });
+        }
     }
 }
 
