@@ -157,7 +157,10 @@ mod tests {
             (Backoff::new(ms(0), 2.0, ms(10), 0.1), "1 ms"),
             (Backoff::new(ms(20), 2.0, ms(10), 0.1), "largest delay"),
             (Backoff::new(ms(1), 0.5, ms(10), 0.1), "between 1 and 10"),
-            (Backoff::new(ms(1), f64::NAN, ms(10), 0.1), "between 1 and 10"),
+            (
+                Backoff::new(ms(1), f64::NAN, ms(10), 0.1),
+                "between 1 and 10",
+            ),
             (Backoff::new(ms(1), 2.0, ms(10), 1.0), "under 1"),
             (Backoff::new(ms(1), 2.0, Duration::MAX, 0.1), "one day"),
         ] {

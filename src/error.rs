@@ -36,8 +36,13 @@ struct Inner {
 enum Detail {
     None,
     Text(Cow<'static, str>),
-    // Sessions are known but none can take a call.
-    Unready { known: usize, sample: Vec<Trouble> },
+    /// Sessions are known but none can take a call.
+    Unready {
+        known: usize,
+        sample: Vec<Trouble>,
+    },
+    /// The one peer that was asked for cannot.
+    Trouble(Trouble),
 }
 
 /// Why a known peer could not take a call.
@@ -174,10 +179,10 @@ impl Error {
                 return Some(found);
             }
             // An `Arc` that carries an error is an error itself, but not the one inside.
-            if let Some(shared) = error.downcast_ref::<SharedError>() {
-                if let Some(found) = shared.downcast_ref::<Self>() {
-                    return Some(found);
-                }
+            if let Some(shared) = error.downcast_ref::<SharedError>()
+                && let Some(found) = shared.downcast_ref::<Self>()
+            {
+                return Some(found);
             }
             next = error.source();
         }
@@ -242,6 +247,12 @@ impl Error {
 
     pub(crate) fn unready(mut self, known: usize, sample: Vec<Trouble>) -> Self {
         self.0.detail = Detail::Unready { known, sample };
+        self.changed()
+    }
+
+    pub(crate) fn trouble(mut self, trouble: Trouble) -> Self {
+        self.0.peer = Some(trouble.peer.clone());
+        self.0.detail = Detail::Trouble(trouble);
         self.changed()
     }
 
@@ -316,6 +327,7 @@ impl fmt::Display for Error {
             Kind::AlreadyRegistered => f.write_str("already registered")?,
             Kind::NoSession => write!(f, "no session of role {role} is registered")?,
             Kind::UnknownPeer => write!(f, "role {role}")?,
+            Kind::NotConnected if inner.peer.is_some() => f.write_str("not connected")?,
             Kind::NotConnected => write!(f, "role {role}")?,
             // Without a role it is no call that failed, but a registration or the like.
             Kind::RegistryUnreachable => match self.role() {
@@ -418,31 +430,37 @@ impl fmt::Display for Detail {
                     if i > 0 {
                         f.write_str("; ")?;
                     }
-                    trouble.fmt(f)?;
+                    write!(f, "{} {trouble}", trouble.name())?;
                 }
                 match known.saturating_sub(sample.len()) {
                     0 => Ok(()),
                     more => write!(f, "; and {more} more"),
                 }
             }
+            Self::Trouble(trouble) => trouble.fmt(f),
         }
     }
 }
 
 // === impl Trouble ===
 
+impl Trouble {
+    fn name(&self) -> String {
+        let Peer { id, address, .. } = &*self.peer;
+        match address.is_empty() || address == id {
+            true => id.to_string(),
+            false => format!("{address} (id {id})"),
+        }
+    }
+}
+
 impl fmt::Display for Trouble {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.peer.address.is_empty() || self.peer.address == self.peer.id {
-            write!(f, "{}", self.peer.id)?;
-        } else {
-            write!(f, "{} (id {})", self.peer.address, self.peer.id)?;
-        }
         match &self.last {
-            None => write!(f, " {}", self.state),
+            None => f.write_str(self.state),
             Some((at, error)) => {
                 let ago = at.elapsed();
-                write!(f, " {error} (")?;
+                write!(f, "{} (", Brief(&**error))?;
                 match self.attempts {
                     0 => {}
                     1 => f.write_str("1 attempt, ")?,
@@ -453,6 +471,22 @@ impl fmt::Display for Trouble {
                     s => write!(f, "last {s} s ago)"),
                 }
             }
+        }
+    }
+}
+
+/// Why a connection is not there, where that it is not is already said: "connection refused" for
+/// "connection lost: connection refused".
+pub(crate) struct Brief<'a>(pub(crate) &'a (dyn StdError + 'static));
+
+impl fmt::Display for Brief<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.downcast_ref::<Error>() {
+            Some(error) if error.kind() == Kind::ConnectionLost => {
+                let text = error.to_string();
+                f.write_str(text.strip_prefix("connection lost: ").unwrap_or(&text))
+            }
+            _ => write!(f, "{}", self.0),
         }
     }
 }

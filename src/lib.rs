@@ -1,9 +1,77 @@
-//! switchboard
+//! A gRPC connection manager: it finds the instances of a service, keeps connections to them, spreads
+//! calls over them, fails fast when one is gone, and picks up by itself what comes back.
+//!
+//! A tonic generated client takes a [`Channel`] where it would have taken `tonic::transport::Channel`:
+//!
+//! ```
+//! use switchboard::{ConnectionManager, MemoryRegistry, Session};
+//! # mod pb { #[derive(Clone)] pub struct EchoClient(switchboard::Channel); impl EchoClient { pub fn new(c: switchboard::Channel) -> Self { Self(c) } } }
+//! # use pb::EchoClient;
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), switchboard::Error> {
+//! // In process here; `EtcdRegistry::connect([..], "prefix").await?` for etcd.
+//! let registry = MemoryRegistry::new();
+//! let registration = registry.register(Session::new("echo", "127.0.0.1:21123").with_id(7)).await?;
+//!
+//! let manager = ConnectionManager::builder(registry).build();
+//! let channel = manager.channel("echo");            // returns at once; nothing has to be up
+//! let any = EchoClient::new(channel.clone());       // the less loaded of two random instances
+//! let seven = EchoClient::new(channel.to(7));       // this instance or none
+//!
+//! println!("{}", manager.status());
+//! manager.stop().await;                             // ends calls, tasks and sockets
+//! # drop(registration);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # The two routes
+//!
+//! ```text
+//!  a call                                      a change
+//!
+//!  generated client                            etcd, memory, a list, any tower Discover
+//!    ▼                                           ▼  list, watch, reconcile      (discover)
+//!  Channel      deadline                       Update
+//!    ▼                                           ▼
+//!  Pool         load, pick, guard  ◀─ Snapshot ◀─ driver: one writer            (pool)
+//!    ▼                                           ▼
+//!  Connection   h2, in the caller's task         endpoint tasks: dial, redial   (endpoint)
+//!    ▼                                           │
+//!  socket  ◀──────────────── makes ──────────────┘                             (transport)
+//! ```
+//!
+//! They meet at the snapshot, which sits in an `ArcSwap`: a call loads it, picks the less loaded of two
+//! random ready endpoints and goes straight to HTTP/2 in its own task. It takes no lock of this crate,
+//! allocates nothing to pick, and waits for nobody, unless nobody is ready.
+//!
+//! # When things go wrong
+//!
+//! Every call ends: with the peer's own status, or with an [`Error`] that names the role, the instance and
+//! the reason, as a [`tonic::Status`] with the right code. A call fails fast if nobody is registered, if
+//! nobody is connected and a first attempt has failed, or if the registry has never answered. It waits,
+//! within its deadline and [`PoolConfig::max_wait`](pool::PoolConfig::max_wait), while it cannot be known yet.
+//! [`Error::sent`] says whether the peer may have executed it.
+//!
+//! # Parts to take alone
+//!
+//! [`Pool`] balances any tower `Service + Clone` from any tower `Discover`; [`DeadlineLayer`] wraps any
+//! service over `http` types; a [`Connect`](endpoint::Connect) of one's own takes the place of the
+//! [`transport`]. Without default features there is no HTTP/2 and no registry in the build.
+//!
+//! # What it is not
+//!
+//! Not a server framework, a mesh or a proxy: it lives in the client. It does not retry yet, nor speak
+//! TLS. It needs tokio.
 
 pub mod backoff;
+pub mod deadline;
 pub mod discover;
 pub mod endpoint;
 pub mod error;
+#[cfg(feature = "manager")]
+pub mod manager;
 pub mod pool;
 #[cfg(feature = "registry")]
 pub mod registry;
@@ -11,7 +79,10 @@ pub mod registry;
 pub mod transport;
 
 pub use backoff::Backoff;
+pub use deadline::DeadlineLayer;
 pub use error::{Error, Kind, Sent};
+#[cfg(feature = "manager")]
+pub use manager::{Channel, ConnectionManager};
 pub use pool::{Instance, Pool, WaitForReady};
 #[cfg(feature = "registry")]
 pub use registry::{MemoryRegistry, Registration, Registry, Session};

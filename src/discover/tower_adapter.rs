@@ -78,7 +78,8 @@ where
                 *this.synced = false;
                 let peer = Peer::new(this.role.clone(), key.to_string(), "");
                 let given = Given::new(peer.with_generation(generation), service);
-                let insert = Update::Change(Change::Insert((key.clone(), generation), Arc::new(given)));
+                let insert =
+                    Update::Change(Change::Insert((key.clone(), generation), Arc::new(given)));
                 Poll::Ready(Some(match old {
                     None => insert,
                     Some(old) => {

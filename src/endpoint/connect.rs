@@ -1,8 +1,6 @@
 //! How an endpoint comes by the service that takes its calls, and how it learns that it is gone.
 
-use std::{
-    any::Any, fmt, future::Future, future::Ready, pin::Pin, sync::Arc, time::Duration,
-};
+use std::{any::Any, fmt, future::Future, future::Ready, pin::Pin, sync::Arc, time::Duration};
 
 use crate::error::{BoxError, Error, Peer};
 

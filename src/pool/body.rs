@@ -47,6 +47,16 @@ impl<B> Body<B> {
     }
 }
 
+impl<B: Default> Default for Body<B> {
+    /// An empty body, of no call; what tonic's interceptors answer with when they refuse one.
+    fn default() -> Self {
+        Self {
+            inner: B::default(),
+            call: None,
+        }
+    }
+}
+
 impl<B> http_body::Body for Body<B>
 where
     B: http_body::Body,

@@ -32,6 +32,7 @@ impl<T: Clone> ChunkedVec<T> {
         self.chunks.get(index / CHUNK)?.get(index % CHUNK)
     }
 
+    #[cfg(test)]
     pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
         self.chunks.iter().flat_map(|chunk| chunk.iter())
     }
@@ -47,10 +48,10 @@ impl<T: Clone> ChunkedVec<T> {
     }
 
     pub(crate) fn replace(&mut self, index: usize, value: T) {
-        if let Some(chunk) = self.chunks.get_mut(index / CHUNK) {
-            if let Some(slot) = Arc::make_mut(chunk).get_mut(index % CHUNK) {
-                *slot = value;
-            }
+        if let Some(chunk) = self.chunks.get_mut(index / CHUNK)
+            && let Some(slot) = Arc::make_mut(chunk).get_mut(index % CHUNK)
+        {
+            *slot = value;
         }
     }
 
@@ -137,11 +138,11 @@ impl<V: Clone> IdMap<V> {
 
     pub(crate) fn remove(&mut self, id: &str) {
         let at = self.bucket_of(id);
-        if let Some(bucket) = self.buckets.get_mut(at) {
-            if let Some(index) = bucket.iter().position(|(known, _)| &**known == id) {
-                Arc::make_mut(bucket).swap_remove(index);
-                self.len -= 1;
-            }
+        if let Some(bucket) = self.buckets.get_mut(at)
+            && let Some(index) = bucket.iter().position(|(known, _)| &**known == id)
+        {
+            Arc::make_mut(bucket).swap_remove(index);
+            self.len -= 1;
         }
     }
 

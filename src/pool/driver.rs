@@ -7,6 +7,7 @@ use std::{
     panic::AssertUnwindSafe,
     pin::pin,
     sync::Arc,
+    thread,
     time::{Instant, SystemTime},
 };
 
@@ -109,8 +110,9 @@ where
                 update = AssertUnwindSafe(updates.next()).catch_unwind(), if !over => {
                     over = !self.on_update(update);
                 }
-                Some(_) = self.tasks.join_next() => continue,
+                Some(_) = self.tasks.join_next() => {}
             }
+            while self.tasks.try_join_next().is_some() {}
             let (mut events, mut changes) = (BATCH, BATCH);
             while events > 0
                 && let Ok((key, event)) = self.events.try_recv()
@@ -136,17 +138,14 @@ where
     }
 
     async fn stop(mut self) {
-        self.close();
+        self.close(&Command::Close(Kind::Stopped));
         let ended = async { while self.tasks.join_next().await.is_some() {} };
         // Dropping the set aborts what is left.
         let _ = time::timeout(time::Duration::from_secs(2), ended).await;
     }
 
     /// False when there is nothing more to come.
-    fn on_update(
-        &mut self,
-        update: Result<Option<Update<K, Arc<T>>>, Box<dyn std::any::Any + Send>>,
-    ) -> bool {
+    fn on_update(&mut self, update: thread::Result<Option<Update<K, Arc<T>>>>) -> bool {
         match update {
             Ok(Some(Update::Change(Change::Insert(key, target)))) => self.insert(key, target),
             Ok(Some(Update::Change(Change::Remove(key)))) => self.remove(&key),
@@ -189,33 +188,16 @@ where
 
     fn insert(&mut self, key: K, target: Arc<T>) {
         let Some(&number) = self.by_key.get(&key) else {
-            self.last_key += 1;
-            let number = self.last_key;
-            self.by_key.insert(key, number);
-            let task = (target.barred().is_none()).then(|| self.spawn(number, &target));
-            let phase = match task {
-                Some(_) => Phase::Connecting,
-                None => Phase::Barred,
-            };
-            let known = Known {
-                target,
-                state: State::new(phase),
-                ready: None,
-                index: None,
-                task,
-            };
-            self.endpoints.insert(number, known);
-            self.show(number, None);
-            return;
+            return self.add(key, target);
         };
-        // The same generation: its connection stays, what is said of it changes.
         let Some(known) = self.endpoints.get_mut(&number) else {
             return;
         };
+        // The same generation: its connection stays, what is said of it changes.
         known.target = target.clone();
         let before = known.state.phase;
-        match (target.barred().is_some(), &known.task) {
-            (true, Some(_)) => {
+        match (target.barred(), &known.task) {
+            (Some(_), Some(_)) => {
                 known.end(Command::Close(Kind::SessionDeleted));
                 known.task = None;
                 known.state = State::new(Phase::Barred);
@@ -223,17 +205,34 @@ where
                     ready.mark_down();
                 }
             }
-            (false, None) => {
-                let task = self.spawn(number, &target);
-                if let Some(known) = self.endpoints.get_mut(&number) {
-                    known.task = Some(task);
-                    known.state = State::new(Phase::Connecting);
-                }
+            // Under a new number: what its old task still has to say is not taken for the new one's.
+            (None, None) => {
+                self.endpoints.remove(&number);
+                return self.add(key, target);
             }
-            (false, Some(task)) => task.nudge.notify_one(),
-            (true, None) => {}
+            (None, Some(task)) => task.nudge.notify_one(),
+            (Some(_), None) => {}
         }
         self.show(number, Some(before));
+    }
+
+    fn add(&mut self, key: K, target: Arc<T>) {
+        self.last_key += 1;
+        let number = self.last_key;
+        self.by_key.insert(key, number);
+        let (task, phase) = match target.barred() {
+            None => (Some(self.spawn(number, &target)), Phase::Connecting),
+            Some(_) => (None, Phase::Barred),
+        };
+        let known = Known {
+            target,
+            state: State::new(phase),
+            ready: None,
+            index: None,
+            task,
+        };
+        self.endpoints.insert(number, known);
+        self.show(number, None);
     }
 
     fn remove(&mut self, key: &K) {
@@ -279,7 +278,11 @@ where
         let now = SystemTime::now();
         match event {
             Event::Connecting { first } => {
-                let phase = if first { Phase::Connecting } else { Phase::Retrying };
+                let phase = if first {
+                    Phase::Connecting
+                } else {
+                    Phase::Retrying
+                };
                 if known.state.phase != phase {
                     known.state.phase = phase;
                     known.state.since = now;
@@ -302,7 +305,11 @@ where
                 attempts,
                 offline,
             } => {
-                let phase = if offline { Phase::Offline } else { Phase::Retrying };
+                let phase = if offline {
+                    Phase::Offline
+                } else {
+                    Phase::Retrying
+                };
                 if known.state.phase != phase {
                     tracing::warn!(%peer, error = %why, attempts, offline, "cannot connect");
                     known.state.phase = phase;
@@ -384,15 +391,15 @@ where
 
 impl<K, T, C: Connect<T>> Driver<K, T, C> {
     /// Ends every endpoint, and leaves a snapshot that says so and holds no service.
-    fn close(&mut self) {
+    fn close(&mut self, how: &Command) {
         for known in self.endpoints.values() {
             if let Some(ready) = &known.ready {
                 ready.mark_down();
             }
-            known.end(Command::Close(Kind::Stopped));
+            known.end(how.clone());
         }
         for task in self.draining.drain(..) {
-            task.commands.send_replace(Command::Close(Kind::Stopped));
+            task.commands.send_replace(how.clone());
         }
         self.endpoints.clear();
         self.next = Snapshot::empty();
@@ -403,9 +410,10 @@ impl<K, T, C: Connect<T>> Driver<K, T, C> {
 }
 
 impl<K, T, C: Connect<T>> Drop for Driver<K, T, C> {
-    /// However the driver ends, nobody is left waiting for it.
+    /// However the driver ends, nobody is left waiting for it. Calls in flight whose callers hold nothing
+    /// of the pool any more are left to finish.
     fn drop(&mut self) {
-        self.close();
+        self.close(&Command::Drain);
     }
 }
 

@@ -1,6 +1,6 @@
 //! The balanced set of a role's endpoints.
 //!
-//! Two routes meet here and nowhere else. A call loads one [snapshot](ArcSwap) and picks; it takes no
+//! Two routes meet here and nowhere else. A call loads one snapshot, out of an `ArcSwap`, and picks; it takes no
 //! lock, allocates nothing and waits for nobody. A change goes through the one driver task, which stores
 //! the next snapshot. The service half never imports the driver half.
 //!
@@ -21,8 +21,6 @@
 //! # Ok(())
 //! # }
 //! ```
-//!
-//! [snapshot](ArcSwap): arc_swap::ArcSwap
 
 mod body;
 mod chunked;
@@ -31,6 +29,7 @@ mod pick;
 mod protocol;
 mod service;
 pub(crate) mod snapshot;
+pub mod status;
 
 use std::{fmt, hash::Hash, pin::Pin, sync::Arc, time::Duration};
 
@@ -263,6 +262,11 @@ impl Handle {
     pub(crate) fn sleep(&self, duration: Duration) -> Pin<Box<Sleep>> {
         let _entered = self.runtime.enter();
         Box::pin(time::sleep(duration))
+    }
+
+    #[cfg(feature = "manager")]
+    pub(crate) fn runtime(&self) -> &runtime::Handle {
+        &self.runtime
     }
 
     pub(crate) async fn stop(&self) {

@@ -49,7 +49,9 @@ mod tests {
         let mut snapshot = Snapshot::empty();
         for id in 0..of {
             let peer = Peer::new("echo", id.to_string(), "");
-            snapshot.ready.push(Arc::new(Ready::new((), &peer, id as u64)));
+            snapshot
+                .ready
+                .push(Arc::new(Ready::new((), &peer, id as u64)));
         }
         snapshot
     }

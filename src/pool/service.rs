@@ -158,6 +158,15 @@ impl<S, P> Pool<S, P> {
         self.inner.driver.stop().await;
     }
 
+    pub(crate) fn role_arc(&self) -> Arc<str> {
+        self.inner.shared.role.clone()
+    }
+
+    #[cfg(feature = "manager")]
+    pub(crate) fn runtime(&self) -> &tokio::runtime::Handle {
+        self.inner.driver.runtime()
+    }
+
     pub(crate) fn snapshot(&self) -> Arc<Snapshot<S>> {
         self.inner.shared.snapshot.load_full()
     }
@@ -255,9 +264,16 @@ impl<S> Shared<S> {
     }
 
     /// Why no endpoint could be picked from this snapshot, and whether it is worth waiting.
-    fn unpicked(&self, snapshot: &Snapshot<S>, pinned: Option<&Instance>, patient: bool) -> Unpicked {
+    fn unpicked(
+        &self,
+        snapshot: &Snapshot<S>,
+        pinned: Option<&Instance>,
+        patient: bool,
+    ) -> Unpicked {
         let error = match &snapshot.resolution {
-            Resolution::Stopped => return Unpicked::Fail(Error::new(Kind::Stopped).with_role(&self.role)),
+            Resolution::Stopped => {
+                return Unpicked::Fail(Error::new(Kind::Stopped).with_role(&self.role));
+            }
             Resolution::Pending => return Unpicked::Wait,
             Resolution::Failed(why) => {
                 Error::new(Kind::RegistryUnreachable).with_shared_source(why.clone())
@@ -272,9 +288,12 @@ impl<S> Shared<S> {
                     Some(entry) => entry.unready(),
                 },
                 None if snapshot.all.len() == 0 => Error::new(Kind::NoSession),
-                None if snapshot.ready.len() > 0 || snapshot.connecting > 0 => return Unpicked::Wait,
-                None => Error::new(Kind::NotConnected)
-                    .unready(snapshot.all.len(), snapshot.troubles()),
+                None if snapshot.ready.len() > 0 || snapshot.connecting > 0 => {
+                    return Unpicked::Wait;
+                }
+                None => {
+                    Error::new(Kind::NotConnected).unready(snapshot.all.len(), snapshot.troubles())
+                }
             },
         };
         match patient {
@@ -292,7 +311,11 @@ impl<S> Shared<S> {
                 Error::new(Kind::RegistryUnreachable).with_reason(waited)
             }
             Unpicked::Wait if snapshot.all.len() > 0 => {
-                Error::new(Kind::NotConnected).unready(snapshot.all.len(), snapshot.troubles())
+                match pinned.and_then(|instance| snapshot.all.get(instance.id())) {
+                    Some(entry) => return entry.unready(),
+                    None => Error::new(Kind::NotConnected)
+                        .unready(snapshot.all.len(), snapshot.troubles()),
+                }
             }
             Unpicked::Wait => Error::new(Kind::NotConnected).with_reason(waited),
         }
@@ -307,6 +330,25 @@ impl<S: Service<Req>, Req, P> ResponseFuture<S, Req, P> {
         Self {
             state,
             protocol: PhantomData,
+        }
+    }
+
+    /// An error from outside, such as a deadline, with what is known here of where the call is.
+    #[cfg(feature = "manager")]
+    pub(crate) fn explain(&self, error: Error) -> Error {
+        match &self.state {
+            State::Calling {
+                call: Some(call), ..
+            } => error.with_peer(&Arc::new(call.peer().clone())),
+            State::Calling { call: None, .. } => error,
+            State::Slow { slow } => {
+                let shared = &slow.inner.shared;
+                let waiting = shared.waited(&shared.snapshot.load(), slow.pinned.as_ref());
+                error
+                    .with_role(&shared.role)
+                    .with_sent(crate::Sent::Unsent)
+                    .with_source(waiting)
+            }
         }
     }
 }
@@ -326,8 +368,9 @@ where
                 StateProj::Calling { response, call } => {
                     let result = ready!(response.poll(cx));
                     let Some(call) = call.take() else {
-                        return Poll::Ready(Err(Error::new(Kind::Internal)
-                            .with_reason("polled after it was ready")));
+                        return Poll::Ready(Err(
+                            Error::new(Kind::Internal).with_reason("polled after it was ready")
+                        ));
                     };
                     return Poll::Ready(match result {
                         Ok(response) => Ok(P::track(response, call)),
@@ -383,8 +426,9 @@ where
                         let (Some(mut picked), Some(request)) =
                             (self.picked.take(), self.request.take())
                         else {
-                            return Poll::Ready(Err(Error::new(Kind::Internal)
-                                .with_reason("polled after it was ready")));
+                            return Poll::Ready(Err(
+                                Error::new(Kind::Internal).with_reason("polled after it was ready")
+                            ));
                         };
                         return Poll::Ready(Ok((picked.service.call(request), picked.call)));
                     }

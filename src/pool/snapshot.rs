@@ -171,7 +171,7 @@ impl<S> Entry<S> {
     pub(crate) fn unready(&self) -> Error {
         match self.target.barred() {
             Some(why) => why,
-            None => Error::new(Kind::NotConnected).unready(1, vec![self.trouble()]),
+            None => Error::new(Kind::NotConnected).trouble(self.trouble()),
         }
         .with_peer(self.target.peer())
     }

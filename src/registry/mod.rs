@@ -10,7 +10,7 @@ mod etcd;
 mod fixed;
 mod memory;
 mod registration;
-mod session;
+pub(crate) mod session;
 pub(crate) mod store;
 
 use std::{fmt, sync::Arc};

@@ -16,6 +16,7 @@ use crate::error::Error;
 /// The response body of a call through a [`Connection`](super::Connection).
 ///
 /// Dropping it before its end resets the stream, which cancels the call at the server.
+#[derive(Default)]
 pub struct Body {
     /// None at the end. Before `slot`, so that the stream is let go of before its slot is.
     open: Option<Open>,

@@ -177,13 +177,13 @@ impl Connection {
     }
 
     pub(super) fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        if let Some(error) = self.core.error() {
-            return Poll::Ready(Err(error.with_sent(Sent::Unsent)));
-        }
-        if let Err(error) = ready!(self.send.poll_ready(cx)) {
-            return Poll::Ready(Err(self.core.classify(error).with_sent(Sent::Unsent)));
-        }
         loop {
+            if let Some(error) = self.core.error() {
+                return Poll::Ready(Err(error.with_sent(Sent::Unsent)));
+            }
+            if let Err(error) = ready!(self.send.poll_ready(cx)) {
+                return Poll::Ready(Err(self.core.classify(error).with_sent(Sent::Unsent)));
+            }
             if self.core.has_slot() {
                 self.slot = None;
                 return Poll::Ready(Ok(()));
@@ -386,7 +386,9 @@ impl Drop for AbortOnDrop {
 
 impl fmt::Debug for AbortOnDrop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("AbortOnDrop").field(&self.0.is_some()).finish()
+        f.debug_tuple("AbortOnDrop")
+            .field(&self.0.is_some())
+            .finish()
     }
 }
 

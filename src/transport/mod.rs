@@ -64,7 +64,10 @@ impl Connector {
             keepalive_while_idle: true,
             stream_window: 2 << 20,
             connection_window: 8 << 20,
-            user_agent: HeaderValue::from_static(concat!("switchboard/", env!("CARGO_PKG_VERSION"))),
+            user_agent: HeaderValue::from_static(concat!(
+                "switchboard/",
+                env!("CARGO_PKG_VERSION")
+            )),
         }
     }
 
@@ -77,7 +80,11 @@ impl Connector {
     /// # Errors
     ///
     /// [`Kind::Invalid`](crate::Kind::Invalid) outside these bounds.
-    pub fn keepalive(mut self, interval: Option<Duration>, timeout: Duration) -> Result<Self, Error> {
+    pub fn keepalive(
+        mut self,
+        interval: Option<Duration>,
+        timeout: Duration,
+    ) -> Result<Self, Error> {
         let (least, most) = (Duration::from_millis(1), crate::Backoff::LONGEST);
         if let Some(interval) = interval {
             check_duration("keepalive interval", interval, least, most)?;
@@ -120,9 +127,8 @@ impl Connector {
     ///
     /// [`Kind::Invalid`](crate::Kind::Invalid) if it cannot stand in a header.
     pub fn user_agent(mut self, agent: &str) -> Result<Self, Error> {
-        self.user_agent = HeaderValue::from_str(agent).map_err(|_| {
-            Error::invalid("user agent", format!("{agent:?} is not visible ASCII"))
-        })?;
+        self.user_agent = HeaderValue::from_str(agent)
+            .map_err(|_| Error::invalid("user agent", format!("{agent:?} is not visible ASCII")))?;
         Ok(self)
     }
 
@@ -138,9 +144,9 @@ impl Connector {
     ///
     /// Dropping the future closes what was opened.
     pub async fn connect_to(&self, address: &str) -> Result<Connection, Error> {
-        let authority: Authority = address.parse().map_err(|_| {
-            Error::invalid("address", format!("{address:?} is not host:port"))
-        })?;
+        let authority: Authority = address
+            .parse()
+            .map_err(|_| Error::invalid("address", format!("{address:?} is not host:port")))?;
         let io = dial::dial(address).await?;
         Connection::handshake(io, authority, self).await
     }

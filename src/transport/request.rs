@@ -75,9 +75,8 @@ impl Connection {
         B::Error: Into<BoxError>,
     {
         let (mut head, mut body) = request.into_parts();
-        let ahead = look(&mut body).map_err(|error| {
-            Error::new(Kind::RequestBody).with_source(error)
-        })?;
+        let ahead =
+            look(&mut body).map_err(|error| Error::new(Kind::RequestBody).with_source(error))?;
 
         let mut target = uri::Parts::default();
         target.scheme = Some(self.core.scheme.clone());
@@ -187,12 +186,10 @@ impl Future for ResponseFuture {
                 }),
             });
         }
-        Poll::Ready(Err(
-            match std::mem::replace(&mut self.state, State::Done) {
-                State::Failed(error) => error,
-                _ => Error::new(Kind::Internal).with_reason("polled after it was ready"),
-            },
-        ))
+        Poll::Ready(Err(match std::mem::replace(&mut self.state, State::Done) {
+            State::Failed(error) => error,
+            _ => Error::new(Kind::Internal).with_reason("polled after it was ready"),
+        }))
     }
 }
 

@@ -1,0 +1,223 @@
+//! All connections of a process, in one place.
+
+mod channel;
+
+use std::{
+    collections::{BTreeMap, btree_map},
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use futures_util::future::join_all;
+
+pub use self::channel::{Channel, ResponseBody, ResponseFuture};
+pub use crate::pool::status::{Connectivity, Discovery, EndpointStatus};
+use crate::{
+    error::{Error, Kind},
+    pool::{Pool, PoolConfig, status},
+    registry::{Registry, session::check_role},
+    transport::{Connection, Connector},
+};
+
+/// Manages all connections of a process: a balanced pool for each role, found through one registry.
+///
+/// Cheap to clone; all clones are one manager. Nothing has to be up when it is built, and nothing waits:
+/// a role is watched and connected in the background from the first time it is asked for, and what goes
+/// away and comes back is picked up without anybody's doing.
+///
+/// ```no_run
+/// use switchboard::{ConnectionManager, registry::EtcdRegistry};
+/// # mod pb { pub struct EchoClient; impl EchoClient { pub fn new(_: switchboard::Channel) {} } }
+/// # use pb::EchoClient;
+///
+/// # async fn run() -> Result<(), switchboard::Error> {
+/// let registry = EtcdRegistry::connect(["http://127.0.0.1:2379"], "demo").await?;
+/// let manager = ConnectionManager::builder(registry).build();
+///
+/// let channel = manager.channel("echo");         // returns at once
+/// let echo = EchoClient::new(channel.clone());   // a tonic generated client, unchanged
+/// let one = EchoClient::new(channel.to(7));      // pinned to one instance
+/// println!("{}", manager.status());
+/// manager.stop().await;                          // ends calls, tasks and sockets
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct ConnectionManager {
+    inner: Arc<Inner>,
+}
+
+/// Configures a [`ConnectionManager`]; see [`ConnectionManager::builder`].
+#[derive(Clone, Debug)]
+pub struct Builder {
+    registry: Arc<dyn Registry>,
+    pools: PoolConfig,
+    connector: Connector,
+}
+
+/// A picture of all that a manager manages, in the order of the roles' names.
+///
+/// Its `Display` is a table for a terminal.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Status {
+    /// A pool's status for each role that was asked for.
+    pub roles: Vec<status::Status>,
+    /// Whether the manager was stopped.
+    pub stopped: bool,
+}
+
+struct Inner {
+    registry: Arc<dyn Registry>,
+    config: PoolConfig,
+    connector: Connector,
+    roles: Mutex<Roles>,
+}
+
+#[derive(Default)]
+struct Roles {
+    pools: BTreeMap<String, Pool<Connection>>,
+    stopped: bool,
+}
+
+// === impl ConnectionManager ===
+
+impl ConnectionManager {
+    /// A manager over this registry, to be configured.
+    pub fn builder(registry: impl Registry) -> Builder {
+        Builder {
+            registry: Arc::new(registry),
+            pools: PoolConfig::default(),
+            connector: Connector::new(),
+        }
+    }
+
+    /// The channel to a role. Returns at once; a role asked for twice is one pool.
+    ///
+    /// A role that cannot be, a stopped manager and a missing tokio runtime make a channel whose every
+    /// call fails and says so; [`ConnectionManager::try_channel`] says it at once.
+    pub fn channel(&self, role: &str) -> Channel {
+        match self.try_channel(role) {
+            Ok(channel) => channel,
+            Err(error) => Channel::broken(role, &error),
+        }
+    }
+
+    /// As [`ConnectionManager::channel`], refusing what cannot work.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`] for a role that is not 1 to 128 of `A-Z a-z 0-9 . _ -`, or outside a tokio
+    /// runtime; [`Kind::Stopped`] after [`ConnectionManager::stop`].
+    pub fn try_channel(&self, role: &str) -> Result<Channel, Error> {
+        check_role(role)?;
+        let mut roles = self.inner.lock();
+        if roles.stopped {
+            return Err(Error::new(Kind::Stopped).with_role(&role.into()));
+        }
+        let pool = match roles.pools.entry(role.to_owned()) {
+            btree_map::Entry::Occupied(known) => known.into_mut(),
+            btree_map::Entry::Vacant(new) => {
+                let updates = self.inner.registry.discover(role)?.updates();
+                let connector = self.inner.connector.clone();
+                new.insert(Pool::new(role, self.inner.config, updates, connector)?)
+            }
+        };
+        Ok(Channel::new(pool.clone()))
+    }
+
+    /// What it is doing at this moment.
+    pub fn status(&self) -> Status {
+        let (pools, stopped) = {
+            let roles = self.inner.lock();
+            let pools: Vec<_> = roles.pools.values().cloned().collect();
+            (pools, roles.stopped)
+        };
+        Status {
+            roles: pools.iter().map(Pool::status).collect(),
+            stopped,
+        }
+    }
+
+    /// Ends everything: calls in flight end as `CANCELLED`, later ones fail with [`Kind::Stopped`], tasks
+    /// end and sockets are closed. Returns when they are, after two seconds at most.
+    ///
+    /// # Cancel safety
+    ///
+    /// Once polled the stop goes on without its waiter. Stopping twice is stopping once.
+    pub async fn stop(&self) {
+        let pools: Vec<_> = {
+            let mut roles = self.inner.lock();
+            roles.stopped = true;
+            roles.pools.values().cloned().collect()
+        };
+        join_all(pools.iter().map(Pool::stop)).await;
+    }
+}
+
+impl fmt::Debug for ConnectionManager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let roles = self.inner.lock();
+        f.debug_struct("ConnectionManager")
+            .field("registry", &self.inner.registry)
+            .field("roles", &roles.pools.keys())
+            .field("stopped", &roles.stopped)
+            .finish_non_exhaustive()
+    }
+}
+
+// === impl Inner ===
+
+impl Inner {
+    /// Held for a look-up, never across an await, and never on a call's path.
+    fn lock(&self) -> std::sync::MutexGuard<'_, Roles> {
+        // A panic under it would have to come from the registry; the map is whole all the same.
+        self.roles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl Builder ===
+
+impl Builder {
+    /// How pools dial and wait.
+    #[must_use]
+    pub fn pools(mut self, config: PoolConfig) -> Self {
+        self.pools = config;
+        self
+    }
+
+    /// How connections are made and kept alive.
+    #[must_use]
+    pub fn connector(mut self, connector: Connector) -> Self {
+        self.connector = connector;
+        self
+    }
+
+    /// The manager. No I/O, and nothing has to be up.
+    #[must_use]
+    pub fn build(self) -> ConnectionManager {
+        ConnectionManager {
+            inner: Arc::new(Inner {
+                registry: self.registry,
+                config: self.pools,
+                connector: self.connector,
+                roles: Mutex::default(),
+            }),
+        }
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.stopped {
+            f.write_str("stopped\n")?;
+        }
+        if self.roles.is_empty() && !self.stopped {
+            f.write_str("no role was asked for yet\n")?;
+        }
+        for role in &self.roles {
+            role.fmt(f)?;
+        }
+        Ok(())
+    }
+}
