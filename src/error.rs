@@ -613,10 +613,7 @@ mod tests {
         let io = std::io::Error::other("no route");
         let error = Error::new(Kind::ConnectionLost).with_source(io);
         assert_eq!(error.to_string(), "connection lost: no route");
-        assert_eq!(
-            Status::from(error).message(),
-            "connection lost: no route"
-        );
+        assert_eq!(Status::from(error).message(), "connection lost: no route");
         // As a generated client inside hands it on; "ago" differs each time that it is put into words.
         let ago = Instant::now();
         let unready = Error::new(Kind::NotConnected).unready(

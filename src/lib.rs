@@ -84,7 +84,7 @@ pub use error::{Error, Kind, Sent};
 #[cfg(feature = "manager")]
 pub use manager::{Channel, ConnectionManager};
 pub use pool::{Instance, Pool, WaitForReady};
-#[cfg(feature = "registry")]
-pub use registry::{MemoryRegistry, Registration, Registry, Session};
 #[cfg(feature = "etcd")]
 pub use registry::EtcdRegistry;
+#[cfg(feature = "registry")]
+pub use registry::{MemoryRegistry, Registration, Registry, Session};

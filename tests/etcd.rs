@@ -145,7 +145,7 @@ async fn a_session_is_seen_changed_and_deleted() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn etcd_may_be_started_late() {
-    let mut etcd = Etcd::reserve();
+    let mut etcd = Etcd::stopped();
     let registry = registry(&etcd).await;
     let mut view = View::of(&registry, "echo");
     view.until(5 * SECOND, "it says so", |v| !v.stale.is_empty())

@@ -489,7 +489,7 @@ async fn a_server_that_opens_its_port_late_is_found_without_the_registrys_help()
 // "Registry unreachable at start."
 #[tokio::test]
 async fn an_etcd_that_comes_last_is_waited_for_by_nobody_and_found_by_all() {
-    let etcd = Etcd::reserve();
+    let mut etcd = Etcd::stopped();
     let registry = registry(&etcd).await;
     let manager = ConnectionManager::builder(registry.clone()).build();
     let channel = manager.channel("echo");
@@ -509,7 +509,7 @@ async fn an_etcd_that_comes_last_is_waited_for_by_nobody_and_found_by_all() {
         began.elapsed()
     );
 
-    let etcd = etcd.run().await;
+    etcd.restart().await;
     let server = EchoServer::start("well");
     eventually_async("a registration is taken", || async {
         match registry.register(session("q", &server.address())).await {
@@ -525,7 +525,7 @@ async fn an_etcd_that_comes_last_is_waited_for_by_nobody_and_found_by_all() {
     until_answered(&channel, "well", Instant::now()).await;
 
     // And what is known stays usable when it goes again.
-    drop(etcd);
+    etcd.kill();
     time::sleep(Duration::from_millis(500)).await;
     for _ in 0..100 {
         assert_eq!(call(&channel, 0).await.unwrap(), "well");
@@ -534,7 +534,7 @@ async fn an_etcd_that_comes_last_is_waited_for_by_nobody_and_found_by_all() {
 
 #[tokio::test]
 async fn what_cannot_work_is_refused_where_it_is_given() {
-    let etcd = Etcd::reserve();
+    let etcd = Etcd::stopped();
     let registry = registry(&etcd).await;
     let manager = ConnectionManager::builder(registry.clone()).build();
     for role in ["", "a/b", "a b", &"x".repeat(200)] {

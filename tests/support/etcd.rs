@@ -51,13 +51,13 @@ pub struct Etcd {
 impl Etcd {
     /// Starts one and waits until it answers.
     pub async fn start() -> Self {
-        let mut etcd = Self::reserve();
+        let mut etcd = Self::stopped();
         etcd.restart().await;
         etcd
     }
 
     /// One that is not running yet; its endpoint is known already.
-    pub fn reserve() -> Self {
+    pub fn stopped() -> Self {
         static LAST: AtomicU64 = AtomicU64::new(0);
         let number = LAST.fetch_add(1, Ordering::Relaxed);
         let name = format!("switchboard-etcd-{}-{number}", std::process::id());
@@ -67,12 +67,6 @@ impl Etcd {
             peer_port: free_port(),
             process: None,
         }
-    }
-
-    /// The same, running.
-    pub async fn run(mut self) -> Self {
-        self.restart().await;
-        self
     }
 
     /// `http://host:port`.

@@ -1,6 +1,12 @@
 //! What the integration tests share: servers, proxies, etcds, and waiting for what is to happen.
-#![allow(dead_code, unreachable_pub, reason = "each test uses its part of it")]
+
 #![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "each test file uses its part of it"
+)]
+#![allow(
+    clippy::unwrap_used,
     clippy::expect_used,
     reason = "a test that cannot be set up has failed"
 )]
