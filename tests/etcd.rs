@@ -358,9 +358,7 @@ async fn a_registration_whose_lease_ran_out_comes_back() {
     held.update(|s| s.with_version("2"))
         .await
         .expect("it is ours");
-    let leases = tokio::task::block_in_place(|| etcd.etcdctl(&["lease", "list"]));
-    let lease = leases.lines().last().expect("one lease").trim().to_owned();
-    tokio::task::block_in_place(|| etcd.etcdctl(&["lease", "revoke", &lease]));
+    etcd.expire("demo/echo/h:1").await;
     view.until(SECOND, "it goes", |v| v.has(&[])).await;
     view.until(2 * SECOND, "it comes back", |v| v.has(&["h:1"]))
         .await;
