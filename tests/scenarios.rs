@@ -468,7 +468,7 @@ async fn a_server_that_opens_its_port_late_is_found_without_the_registrys_help()
     let channel = manager.channel("echo");
     let mut closed = EchoServer::start("early");
     let address = closed.address;
-    closed.kill();
+    closed.killed().await;
     let _registration = registry
         .register(session("q", &address.to_string()))
         .await

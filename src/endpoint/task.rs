@@ -42,8 +42,8 @@ pub(crate) enum Command {
     Run,
     /// Takes no new calls, and closes when those in flight are done or the drain bound has passed.
     Drain,
-    /// Fails the calls in flight with an error of this kind, and ends.
-    Close(Kind),
+    /// Fails the calls in flight with an error that says this, and ends.
+    Close(Kind, Option<String>),
 }
 
 /// The task's means. Events go out under `key`.
@@ -187,24 +187,31 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
     /// Ends all connections as told, and returns when they are gone.
     async fn end(mut self, command: Command, lifeline: Option<Arc<dyn Lifeline>>) {
         self.retire(lifeline);
-        let kind = match command {
-            Command::Close(kind) => kind,
+        let (kind, reason) = match command {
+            Command::Close(kind, reason) => (kind, reason),
             Command::Run | Command::Drain => {
                 let drained = async {
                     tokio::select! {
                         () = all_closed(&self.retired) => None,
-                        kind = closing(&mut self.commands) => Some(kind),
+                        why = closing(&mut self.commands) => Some(why),
                     }
                 };
                 match time::timeout(self.dialing.drain, drained).await {
                     Ok(None) => return,
-                    Ok(Some(kind)) => kind,
-                    Err(_elapsed) => Kind::SessionDeleted,
+                    Ok(Some(why)) => why,
+                    Err(_elapsed) => {
+                        let why = format!("not done {:?} after it stopped", self.dialing.drain);
+                        (Kind::SessionDeleted, Some(why))
+                    }
                 }
             }
         };
         for lifeline in &self.retired {
-            lifeline.close(Error::new(kind).with_peer(self.target.peer()));
+            let why = Error::new(kind).with_peer(self.target.peer());
+            lifeline.close(match &reason {
+                Some(reason) => why.with_reason(reason.clone()),
+                None => why,
+            });
         }
         let _ = time::timeout(Duration::from_secs(1), all_closed(&self.retired)).await;
     }
@@ -271,12 +278,12 @@ async fn ended(commands: &mut watch::Receiver<Command>) -> Ended {
 }
 
 /// The command to close, which may follow the one to drain.
-async fn closing(commands: &mut watch::Receiver<Command>) -> Kind {
+async fn closing(commands: &mut watch::Receiver<Command>) -> (Kind, Option<String>) {
     loop {
         match commands.changed().await {
             Ok(()) => {
-                if let Command::Close(kind) = *commands.borrow_and_update() {
-                    return kind;
+                if let Command::Close(kind, reason) = &*commands.borrow_and_update() {
+                    return (*kind, reason.clone());
                 }
             }
             // The driver has let go of it: nobody is left to order it closed.

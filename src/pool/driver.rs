@@ -138,7 +138,7 @@ where
     }
 
     async fn stop(mut self) {
-        self.close(&Command::Close(Kind::Stopped));
+        self.close(&Command::Close(Kind::Stopped, None));
         let ended = async { while self.tasks.join_next().await.is_some() {} };
         // Dropping the set aborts what is left.
         let _ = time::timeout(time::Duration::from_secs(2), ended).await;
@@ -172,7 +172,13 @@ where
     }
 
     fn stale(&mut self, why: SharedError) {
-        tracing::warn!(role = %self.shared.role, error = %why, "discovery failed; the last known set is kept");
+        // Once, and not at each further attempt.
+        if !matches!(
+            self.next.resolution,
+            Resolution::Failed(_) | Resolution::Known { stale: Some(_) }
+        ) {
+            tracing::warn!(role = %self.shared.role, error = %why, "discovery failed; the last known set is kept");
+        }
         self.next.resolution = match &self.next.resolution {
             Resolution::Pending | Resolution::Failed(_) => Resolution::Failed(why),
             Resolution::Known { stale } => Resolution::Known {
@@ -197,8 +203,8 @@ where
         known.target = target.clone();
         let before = known.state.phase;
         match (target.barred(), &known.task) {
-            (Some(_), Some(_)) => {
-                known.end(Command::Close(Kind::SessionDeleted));
+            (Some(why), Some(_)) => {
+                known.end(Command::Close(why.kind(), why.reason()));
                 known.task = None;
                 known.state = State::new(Phase::Barred);
                 if let Some(ready) = known.ready.take() {
@@ -250,7 +256,7 @@ where
             if let Some(ready) = &known.ready {
                 ready.mark_down();
             }
-            known.end(Command::Close(Kind::SessionDeleted));
+            known.end(Command::Close(Kind::SessionDeleted, None));
         }
         self.unlist(&mut known);
         if known.state.phase == Phase::Connecting {
@@ -366,7 +372,14 @@ where
             state: known.state.clone(),
             ready: known.ready.clone(),
         });
-        self.next.all.insert(&known.target.peer().id, entry);
+        // Of two with the same id, the one that is barred is not who is meant by it.
+        let peer = known.target.peer();
+        let shown = self.next.all.get(&peer.id);
+        let owned =
+            shown.is_some_and(|e| e.target.peer() != peer && e.state.phase != Phase::Barred);
+        if !owned || known.state.phase != Phase::Barred {
+            self.next.all.insert(&peer.id, entry);
+        }
         self.endpoints.insert(number, known);
         self.dirty = true;
     }

@@ -122,6 +122,18 @@ impl EchoServer {
         }
     }
 
+    /// The same, and waits until its port refuses.
+    pub async fn killed(&mut self) {
+        self.kill();
+        let address = self.address;
+        super::eventually_async("its port is closed", || async move {
+            tokio::net::TcpStream::connect(address)
+                .await
+                .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
+        })
+        .await;
+    }
+
     /// GOAWAY, then the calls in flight, then the end.
     pub fn stop_gracefully(&mut self) {
         self.stop.take();
