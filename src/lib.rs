@@ -65,6 +65,11 @@
 //! Not a server framework, a mesh or a proxy: it lives in the client. It does not retry yet, nor speak
 //! TLS. It needs tokio.
 
+#![cfg_attr(
+    not(test),
+    warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)
+)]
+
 pub mod backoff;
 pub mod deadline;
 pub mod discover;

@@ -109,9 +109,11 @@ impl Service<u64> for Named {
 struct Net {
     attempts: Arc<Mutex<Vec<(String, time::Duration)>>>,
     manner: Arc<Mutex<Manner>>,
-    lines: Arc<Mutex<Vec<(String, Arc<Line>)>>>,
+    lines: Lines,
     born: Arc<std::sync::OnceLock<time::Instant>>,
 }
+
+type Lines = Arc<Mutex<Vec<(String, Arc<Line>)>>>;
 
 #[derive(Clone, Copy, Default, PartialEq)]
 enum Manner {

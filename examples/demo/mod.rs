@@ -5,10 +5,6 @@ mod server;
 use std::{
     collections::BTreeMap,
     process::ExitCode,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
     time::{Duration, Instant},
 };
 
@@ -16,7 +12,7 @@ use switchboard::{
     Channel, ConnectionManager, Error,
     registry::{Registration, Registry, Session},
 };
-use tokio::time;
+use tokio::{sync::mpsc, time};
 use tonic::{Code, Status};
 
 use self::{
@@ -36,11 +32,17 @@ pub mod pb {
 }
 
 /// A registry that servers register in and clients read.
-pub trait Home: Registry + Clone {
+pub(crate) trait Home: Registry + Clone {
     async fn register(&self, session: Session) -> Result<Registration, Error>;
 }
 
-/// What the callers have seen since the last line.
+/// How one call went.
+struct Outcome {
+    result: Result<String, Status>,
+    repeated: bool,
+}
+
+/// How the calls went that are taken together.
 #[derive(Default)]
 struct Tally {
     by_server: BTreeMap<String, u64>,
@@ -49,10 +51,8 @@ struct Tally {
     failures: Vec<String>,
 }
 
-type Shared = Arc<Mutex<Tally>>;
-
 /// Tells the story; the exit code says whether it went as it should.
-pub async fn run(registry_name: &str, home: impl Home) -> ExitCode {
+pub(crate) async fn run(registry_name: &str, home: impl Home) -> ExitCode {
     println!("three servers a, b and c; four callers; {registry_name}\n");
     match story(home).await {
         Ok(()) => {
@@ -73,9 +73,9 @@ async fn story(home: impl Home) -> anyhow::Result<()> {
     let clock = Clock(Instant::now());
 
     let began = Instant::now();
-    let status = call(&channel, "anybody?")
-        .await
-        .expect_err("nobody is registered");
+    let Err(status) = call(&channel, "anybody?").await else {
+        anyhow::bail!("somebody answered before anybody was there");
+    };
     clock.tell(&format!(
         "a call before any server is there fails in {}:",
         short(began.elapsed())
@@ -87,8 +87,7 @@ async fn story(home: impl Home) -> anyhow::Result<()> {
     for id in ["a", "b", "c"] {
         nodes.insert(id, Node::start(&home, id).await?);
     }
-    let tally = Shared::default();
-    let stop = Arc::new(AtomicBool::new(false));
+    let (outcomes, mut seen) = mpsc::unbounded_channel();
     // Until the first server is seen there is nobody to call.
     until(Duration::from_secs(5), || async {
         call(&channel, "first").await.is_ok()
@@ -96,11 +95,11 @@ async fn story(home: impl Home) -> anyhow::Result<()> {
     .await?;
     clock.tell("servers a, b and c have registered; the callers begin");
     let callers: Vec<_> = (0..4)
-        .map(|_| tokio::spawn(keep_calling(channel.clone(), tally.clone(), stop.clone())))
+        .map(|_| tokio::spawn(keep_calling(channel.clone(), outcomes.clone())))
         .collect();
 
     clock.head();
-    let mut total = clock.lines(3, &tally).await;
+    let mut total = clock.lines(3, &mut seen).await;
     for id in ["a", "b", "c"] {
         let share = total.share(id);
         anyhow::ensure!(
@@ -117,7 +116,7 @@ async fn story(home: impl Home) -> anyhow::Result<()> {
     }
     time::sleep(Duration::from_millis(50)).await;
     pinned_fails(&clock, &channel).await?;
-    total.add(clock.lines(4, &tally).await);
+    total.add(clock.lines(4, &mut seen).await);
 
     until(Duration::from_secs(6), || async {
         manager.status().roles[0].endpoints.len() == 2
@@ -141,7 +140,7 @@ async fn story(home: impl Home) -> anyhow::Result<()> {
         "b answers {} later; nobody did anything",
         short(back.elapsed())
     ));
-    let after = clock.lines(3, &tally).await;
+    let after = clock.lines(3, &mut seen).await;
     let share = after.share("b");
     anyhow::ensure!(
         share > 0.2,
@@ -149,11 +148,10 @@ async fn story(home: impl Home) -> anyhow::Result<()> {
     );
     total.add(after);
 
-    stop.store(true, Ordering::Relaxed);
     for caller in callers {
-        caller.await?;
+        caller.abort();
     }
-    total.add(std::mem::take(&mut tally.lock().expect("no caller panics")));
+    total.add(Tally::of(&mut seen));
     println!("\n{}", manager.status());
     println!(
         "{} calls: {} failed, {} were repeated elsewhere",
@@ -182,26 +180,19 @@ async fn call(channel: &Channel, message: &str) -> Result<String, Status> {
 
 /// Calls every 2 ms. A call that a lost connection ended is made again, once: an echo may be executed
 /// twice, and that is the caller's to know.
-async fn keep_calling(channel: Channel, tally: Shared, stop: Arc<AtomicBool>) {
-    while !stop.load(Ordering::Relaxed) {
+async fn keep_calling(channel: Channel, outcomes: mpsc::UnboundedSender<Outcome>) {
+    loop {
         let mut result = call(&channel, "hello").await;
-        let mut repeated = 0;
-        if let Err(status) = &result
-            && status.code() == Code::Unavailable
-        {
-            repeated = 1;
+        let lost = matches!(&result, Err(status) if status.code() == Code::Unavailable);
+        if lost {
             result = call(&channel, "hello").await;
         }
-        {
-            let mut tally = tally.lock().expect("no caller panics");
-            tally.repeated += repeated;
-            match result {
-                Ok(server) => *tally.by_server.entry(server).or_default() += 1,
-                Err(status) => {
-                    tally.failed += 1;
-                    tally.failures.push(status.to_string());
-                }
-            }
+        let outcome = Outcome {
+            result,
+            repeated: lost,
+        };
+        if outcomes.send(outcome).is_err() {
+            return;
         }
         time::sleep(Duration::from_millis(2)).await;
     }
@@ -249,6 +240,22 @@ fn short(duration: Duration) -> String {
 }
 
 impl Tally {
+    /// All that has come in.
+    fn of(outcomes: &mut mpsc::UnboundedReceiver<Outcome>) -> Self {
+        let mut tally = Self::default();
+        while let Ok(outcome) = outcomes.try_recv() {
+            tally.repeated += u64::from(outcome.repeated);
+            match outcome.result {
+                Ok(server) => *tally.by_server.entry(server).or_default() += 1,
+                Err(status) => {
+                    tally.failed += 1;
+                    tally.failures.push(status.to_string());
+                }
+            }
+        }
+        tally
+    }
+
     fn calls(&self) -> u64 {
         self.by_server.values().sum::<u64>() + self.failed
     }
@@ -289,11 +296,11 @@ impl Clock {
     }
 
     /// A line every half second, with what came since the one before; all of it, added up.
-    async fn lines(&self, count: usize, tally: &Shared) -> Tally {
+    async fn lines(&self, count: usize, outcomes: &mut mpsc::UnboundedReceiver<Outcome>) -> Tally {
         let mut total = Tally::default();
         for _ in 0..count {
             time::sleep(Duration::from_millis(500)).await;
-            let seen = std::mem::take(&mut *tally.lock().expect("no caller panics"));
+            let seen = Tally::of(outcomes);
             let of = |id| seen.by_server.get(id).copied().unwrap_or_default();
             println!(
                 "{}  {:>7}  {:>7} {:>7} {:>7}   {:>8}  {:>6}",

@@ -13,15 +13,15 @@ use super::{
 };
 
 /// A server on threads of its own: killing it closes its sockets at once, as the end of its process would.
-pub struct Node {
-    pub address: SocketAddr,
+pub(crate) struct Node {
+    pub(crate) address: SocketAddr,
     runtime: Option<Runtime>,
     registration: Option<Registration>,
 }
 
 impl Node {
     /// Listens, then registers.
-    pub async fn start(home: &impl Home, id: &'static str) -> anyhow::Result<Self> {
+    pub(crate) async fn start(home: &impl Home, id: &'static str) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -52,7 +52,7 @@ impl Node {
     }
 
     /// Ends it with no word to anybody: its session stays until its lease runs out.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }

@@ -5,12 +5,6 @@
     unreachable_pub,
     reason = "each test file uses its part of it"
 )]
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a test that cannot be set up has failed"
-)]
-
 pub mod etcd;
 pub mod proxy;
 pub mod server;
