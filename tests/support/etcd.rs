@@ -183,6 +183,38 @@ impl Etcd {
         revoked.expect("the record has a lease");
     }
 
+    /// A plain watch of this prefix from now on, on a connection of its own.
+    pub async fn watch(&self, prefix: &str) -> PlainWatch {
+        let mut end = prefix.as_bytes().to_vec();
+        if let Some(last) = end.last_mut() {
+            *last += 1;
+        }
+        let create = pb::WatchRequest {
+            request_union: Some(pb::watch_request::RequestUnion::CreateRequest(
+                pb::WatchCreateRequest {
+                    key: Bytes::copy_from_slice(prefix.as_bytes()),
+                    range_end: end.into(),
+                    ..Default::default()
+                },
+            )),
+        };
+        // Kept open: the end of the requests would be the end of the watch.
+        let requests = tokio_stream::StreamExt::chain(
+            tokio_stream::once(create),
+            tokio_stream::pending::<pb::WatchRequest>(),
+        );
+        let mut client = pb::watch_client::WatchClient::new(self.channel().await);
+        let answers = client.watch(requests).await.expect("etcd takes a watch");
+        let mut watch = PlainWatch {
+            answers: answers.into_inner(),
+        };
+        assert!(
+            watch.next().await.is_empty(),
+            "the first answer is that it is created"
+        );
+        watch
+    }
+
     /// A client that keeps one connection; for many writes.
     pub async fn kv(&self) -> KvClient<Channel> {
         KvClient::new(self.channel().await)
@@ -284,4 +316,20 @@ impl Drop for Etcd {
 fn free_port() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     listener.local_addr().expect("it has an address").port()
+}
+
+/// A watch that nothing is made of.
+pub struct PlainWatch {
+    answers: tonic::Streaming<pb::WatchResponse>,
+}
+
+impl PlainWatch {
+    /// The keys of the next events.
+    pub async fn next(&mut self) -> Vec<String> {
+        let answer = self.answers.message().await.expect("the watch lives");
+        let events = answer.expect("the watch has no end").events;
+        let keys = events.into_iter().filter_map(|event| event.kv);
+        keys.map(|kv| String::from_utf8_lossy(&kv.key).into_owned())
+            .collect()
+    }
 }
