@@ -9,7 +9,7 @@ mod demo;
 use std::{process::ExitCode, time::Duration};
 
 use switchboard::{
-    Error,
+    Error, Kind,
     registry::{EtcdRegistry, Registration, Session},
 };
 
@@ -37,6 +37,10 @@ async fn main() -> ExitCode {
     };
     match connect(&endpoints).await {
         Ok(registry) => demo::run(&format!("etcd at {endpoints}"), registry).await,
+        Err(error) if error.kind() == Kind::Invalid => {
+            eprintln!("{error}\n\n{HELP}");
+            ExitCode::from(2)
+        }
         Err(error) => {
             eprintln!("no etcd answers at {endpoints}: {error}\n");
             eprintln!(

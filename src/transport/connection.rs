@@ -195,7 +195,7 @@ impl Connection {
                 // Interest first, then another look.
                 None => {
                     let max = self.send.current_max_send_streams();
-                    self.core.max_streams.store(max, Ordering::Relaxed);
+                    self.core.max_streams.store(max, Ordering::SeqCst);
                     let mut slot = Box::pin(self.core.slot_free.clone().notified_owned());
                     slot.as_mut().enable();
                     self.slot = Some(slot);
@@ -238,10 +238,11 @@ impl Core {
         self.streams.load(Ordering::Relaxed)
     }
 
-    // SeqCst, as in `Slot::drop`: a waiter registers and then looks here; a slot is given back here and
-    // then looks whether there was a full house. In one total order one of the two sees the other.
+    // All SeqCst, as in `Slot::drop`: a waiter notes the limit, registers and then counts; a slot that is
+    // given back counts and then reads the limit. In one total order one of the two sees the other, so a
+    // waiter that saw a full house is woken by the slot that ends it.
     fn has_slot(&self) -> bool {
-        self.streams.load(Ordering::SeqCst) < self.max_streams.load(Ordering::Relaxed)
+        self.streams.load(Ordering::SeqCst) < self.max_streams.load(Ordering::SeqCst)
     }
 
     pub(super) fn last_read(&self) -> Instant {
@@ -347,7 +348,7 @@ impl Drop for Slot {
     fn drop(&mut self) {
         let before = self.core.streams.fetch_sub(1, Ordering::SeqCst);
         // Only a full house can have anybody waiting.
-        if before >= self.core.max_streams.load(Ordering::Relaxed) {
+        if before >= self.core.max_streams.load(Ordering::SeqCst) {
             self.core.slot_free.notify_one();
         }
     }
