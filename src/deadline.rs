@@ -10,7 +10,10 @@ use std::{
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tokio::{runtime, time::Sleep};
+use tokio::{
+    runtime,
+    time::{self, Sleep},
+};
 use tower_layer::Layer;
 use tower_service::Service;
 
@@ -244,17 +247,20 @@ where
         let Some(inner) = this.inner.as_mut().as_pin_mut() else {
             return Poll::Ready(None);
         };
-        // The timer first: a stream that always has something would never come to it.
-        if let Some(timer) = this.timer
-            && timer.poll_expired(cx).is_ready()
-        {
+        let frame = inner.poll_frame(cx);
+        let expired = match (&frame, this.timer.as_mut()) {
+            (_, None) => false,
+            (Poll::Pending, Some(timer)) => timer.poll_expired(cx).is_ready(),
+            // A stream that always has something would never come to the timer.
+            (Poll::Ready(Some(Ok(frame))), Some(timer)) => frame.is_data() && timer.is_over(),
+            (Poll::Ready(_), Some(_)) => false,
+        };
+        if expired && let Some(timer) = this.timer {
             let error = timer.error();
             this.inner.set(None);
             return Poll::Ready(Some(Err(error)));
         }
-        inner
-            .poll_frame(cx)
-            .map_err(|error| Error::from_service(error.into()))
+        frame.map_err(|error| Error::from_service(error.into()))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -287,6 +293,11 @@ impl Timer {
 
     pub(crate) fn poll_expired(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         self.sleep.as_mut().poll(cx)
+    }
+
+    /// By the clock alone: needs no runtime.
+    fn is_over(&self) -> bool {
+        time::Instant::now() >= self.sleep.deadline()
     }
 
     pub(crate) fn error(&self) -> Error {

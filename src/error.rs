@@ -45,6 +45,9 @@ enum Detail {
     Trouble(Trouble),
 }
 
+/// The state of a [`Trouble`] that is none: the peer is well, but takes no new calls.
+pub(crate) const STOPPING: &str = "stopping";
+
 /// Why a known peer could not take a call.
 #[derive(Clone, Debug)]
 pub(crate) struct Trouble {
@@ -68,6 +71,8 @@ pub enum Kind {
     UnknownPeer,
     /// Sessions are registered, but none is connected. `UNAVAILABLE`.
     NotConnected,
+    /// Who is connected has no room for another call: all streams that it allows are in use. `UNAVAILABLE`.
+    Busy,
     /// The registry has never answered, so nothing is known of the role. `UNAVAILABLE`.
     RegistryUnreachable,
     /// The peer's session was deleted from the registry, or its address was taken by another. `UNAVAILABLE`.
@@ -280,6 +285,7 @@ impl Error {
                 Kind::NoSession
                 | Kind::UnknownPeer
                 | Kind::NotConnected
+                | Kind::Busy
                 | Kind::RegistryUnreachable
                 | Kind::SessionDeleted
                 | Kind::ConnectionLost
@@ -334,6 +340,7 @@ impl fmt::Display for Error {
                 Some(role) => write!(f, "nothing is known of role {role}: registry unreachable")?,
                 None => f.write_str("registry unreachable")?,
             },
+            Kind::Busy => f.write_str("busy")?,
             Kind::SessionDeleted => f.write_str("session deleted")?,
             Kind::ConnectionLost => f.write_str("connection lost")?,
             Kind::Refused => f.write_str("refused by the peer before processing")?,
@@ -422,7 +429,10 @@ impl fmt::Display for Detail {
             Self::None => Ok(()),
             Self::Text(text) => f.write_str(text),
             Self::Unready { known, sample } => {
+                let stopping = !sample.is_empty() && sample.iter().all(|t| t.state == STOPPING);
                 match known {
+                    1 if stopping => f.write_str("the 1 session that is known is stopping: ")?,
+                    n if stopping => write!(f, "all {n} sessions that are known are stopping: ")?,
                     1 => f.write_str("1 session is known, it is not connected: ")?,
                     n => write!(f, "{n} sessions are known, none is connected: ")?,
                 }

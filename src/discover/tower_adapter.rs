@@ -36,7 +36,8 @@ pin_project! {
         generations: HashMap<D::Key, u64>,
         last_generation: u64,
         queue: VecDeque<Update<(D::Key, u64), Arc<Given<D::Service>>>>,
-        synced: bool,
+        // What was said since the last time that all was said.
+        unsynced: bool,
     }
 }
 
@@ -52,7 +53,7 @@ where
             generations: HashMap::new(),
             last_generation: 0,
             queue: VecDeque::new(),
-            synced: false,
+            unsynced: false,
         }
     }
 }
@@ -75,7 +76,7 @@ where
                 *this.last_generation += 1;
                 let generation = *this.last_generation;
                 let old = this.generations.insert(key.clone(), generation);
-                *this.synced = false;
+                *this.unsynced = true;
                 let peer = Peer::new(this.role.clone(), key.to_string(), "");
                 let given = Given::new(peer.with_generation(generation), service);
                 let insert =
@@ -89,23 +90,27 @@ where
                 }))
             }
             Poll::Ready(Some(Ok(Change::Remove(key)))) => {
-                *this.synced = false;
+                *this.unsynced = true;
                 match this.generations.remove(&key) {
                     Some(generation) => {
                         Poll::Ready(Some(Update::Change(Change::Remove((key, generation)))))
                     }
-                    // Nothing went; say instead that all is said, which is always true between changes.
-                    None => Poll::Ready(Some(Update::Synced)),
+                    // Nothing went: the next poll says what there is to say.
+                    None => {
+                        cx.waker().wake_by_ref();
+                        Poll::Pending
+                    }
                 }
             }
             Poll::Ready(Some(Err(error))) => {
-                *this.synced = false;
+                *this.unsynced = false;
                 Poll::Ready(Some(Update::Stale(Arc::from(error.into()))))
             }
             Poll::Ready(None) => Poll::Ready(None),
-            // All it had to say for now: there is no other sign of a complete set in tower's stream.
-            Poll::Pending if !*this.synced => {
-                *this.synced = true;
+            // All it had to say for now: there is no other sign of a complete set in tower's stream. One
+            // that has said nothing yet, or nothing since its last error, does not know.
+            Poll::Pending if *this.unsynced => {
+                *this.unsynced = false;
                 Poll::Ready(Some(Update::Synced))
             }
             Poll::Pending => Poll::Pending,

@@ -30,6 +30,10 @@ impl<T> Load<T> {
     pub(crate) fn current(&self) -> usize {
         Arc::strong_count(&self.0) - 1
     }
+
+    pub(crate) fn of(&self) -> &T {
+        &self.0
+    }
 }
 
 impl<T> Guard<T> {

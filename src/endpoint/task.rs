@@ -64,9 +64,28 @@ pub(crate) struct Endpoint<T, C: Connect<T>> {
 const NUDGES: Duration = Duration::from_secs(1);
 
 impl<T: Target, C: Connect<T>> Endpoint<T, C> {
+    /// Runs until told to end, also after a panic, which a user's connector or lifeline may have.
+    pub(crate) async fn supervise(mut self) {
+        let mut panics = 0;
+        while AssertUnwindSafe(self.run()).catch_unwind().await.is_err() {
+            let why: SharedError = Arc::from(BoxError::from("the endpoint's task panicked"));
+            self.tell(Event::Lost { why: why.clone() });
+            self.tell(Event::Failed {
+                why,
+                attempts: panics + 1,
+                offline: false,
+            });
+            let delay = self.dialing.backoff.delay(panics);
+            panics = panics.saturating_add(1);
+            if let Err(Ended(command)) = self.pause(Some(delay), None).await {
+                return self.end(command, None).await;
+            }
+        }
+    }
+
     /// Runs until told to end. Aborting it (the driver is gone) drops its hold on the connection, which
     /// then closes as its last call ends.
-    pub(crate) async fn run(mut self) {
+    async fn run(&mut self) {
         // Failures in a row. A connection that breaks before it was of use, and before the first backoff
         // would be over, is one too, or a peer that accepts and hangs up would be dialled in a busy
         // loop; once is forgiven.
@@ -185,7 +204,7 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
     }
 
     /// Ends all connections as told, and returns when they are gone.
-    async fn end(mut self, command: Command, lifeline: Option<Arc<dyn Lifeline>>) {
+    async fn end(&mut self, command: Command, lifeline: Option<Arc<dyn Lifeline>>) {
         self.retire(lifeline);
         let (kind, reason) = match command {
             Command::Close(kind, reason) => (kind, reason),

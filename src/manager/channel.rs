@@ -96,7 +96,8 @@ impl Channel {
     /// This channel with all calls pinned to the instance of this id.
     ///
     /// Calls go there or fail; they are never executed by another instance, even if that has the address
-    /// now. The id need not be registered yet.
+    /// now. The id need not be registered yet. A request whose own [`Instance`] extension names another
+    /// fails with [`Kind::Invalid`].
     #[must_use]
     pub fn to(&self, instance: impl Into<Instance>) -> Self {
         Self {

@@ -68,16 +68,15 @@ pub struct Status {
 }
 
 struct Inner {
-    registry: Arc<dyn Registry>,
     config: PoolConfig,
     connector: Connector,
     roles: Mutex<Roles>,
 }
 
-#[derive(Default)]
 struct Roles {
     pools: BTreeMap<String, Pool<Connection>>,
-    stopped: bool,
+    /// None once it was stopped.
+    registry: Option<Arc<dyn Registry>>,
 }
 
 // === impl ConnectionManager ===
@@ -111,17 +110,30 @@ impl ConnectionManager {
     /// runtime; [`Kind::Stopped`] after [`ConnectionManager::stop`].
     pub fn try_channel(&self, role: &str) -> Result<Channel, Error> {
         check_role(role)?;
+        // The registry may be a user's own, and ask this manager: not under the lock.
+        let registry = {
+            let roles = self.inner.lock();
+            match (&roles.registry, roles.pools.get(role)) {
+                (None, _) => return Err(Error::new(Kind::Stopped).with_role(&role.into())),
+                (_, Some(pool)) if pool.is_running() => return Ok(Channel::new(pool.clone())),
+                (Some(registry), _) => registry.clone(),
+            }
+        };
+        let updates = registry.discover(role)?.updates();
+        let connector = self.inner.connector.clone();
+        let new = Pool::new(role, self.inner.config, updates, connector)?;
         let mut roles = self.inner.lock();
-        if roles.stopped {
+        if roles.registry.is_none() {
             return Err(Error::new(Kind::Stopped).with_role(&role.into()));
         }
+        // Somebody else may have been faster; a pool whose runtime has ended is replaced.
         let pool = match roles.pools.entry(role.to_owned()) {
-            btree_map::Entry::Occupied(known) => known.into_mut(),
-            btree_map::Entry::Vacant(new) => {
-                let updates = self.inner.registry.discover(role)?.updates();
-                let connector = self.inner.connector.clone();
-                new.insert(Pool::new(role, self.inner.config, updates, connector)?)
+            btree_map::Entry::Occupied(known) if known.get().is_running() => known.into_mut(),
+            btree_map::Entry::Occupied(mut ended) => {
+                ended.insert(new);
+                ended.into_mut()
             }
+            btree_map::Entry::Vacant(vacant) => vacant.insert(new),
         };
         Ok(Channel::new(pool.clone()))
     }
@@ -131,7 +143,7 @@ impl ConnectionManager {
         let (pools, stopped) = {
             let roles = self.inner.lock();
             let pools: Vec<_> = roles.pools.values().cloned().collect();
-            (pools, roles.stopped)
+            (pools, roles.registry.is_none())
         };
         Status {
             roles: pools.iter().map(Pool::status).collect(),
@@ -140,7 +152,8 @@ impl ConnectionManager {
     }
 
     /// Ends everything: calls in flight end as `CANCELLED`, later ones fail with [`Kind::Stopped`], tasks
-    /// end and sockets are closed. Returns when they are, after two seconds at most.
+    /// end and sockets are closed. Returns when they are, after two seconds at most. It lets go of the
+    /// registry too, whose own connections end with its last handle.
     ///
     /// # Cancel safety
     ///
@@ -148,7 +161,8 @@ impl ConnectionManager {
     pub async fn stop(&self) {
         let pools: Vec<_> = {
             let mut roles = self.inner.lock();
-            roles.stopped = true;
+            // With it goes what it keeps open, unless somebody else holds it too.
+            roles.registry = None;
             roles.pools.values().cloned().collect()
         };
         join_all(pools.iter().map(Pool::stop)).await;
@@ -159,9 +173,8 @@ impl fmt::Debug for ConnectionManager {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let roles = self.inner.lock();
         f.debug_struct("ConnectionManager")
-            .field("registry", &self.inner.registry)
+            .field("registry", &roles.registry)
             .field("roles", &roles.pools.keys())
-            .field("stopped", &roles.stopped)
             .finish_non_exhaustive()
     }
 }
@@ -179,14 +192,15 @@ impl Inner {
 // === impl Builder ===
 
 impl Builder {
-    /// How pools dial and wait.
+    /// How pools dial and wait: attempts, backoff, probes, and
+    /// [`max_wait`](PoolConfig::max_wait), the bound on how long a call waits. See [`PoolConfig`].
     #[must_use]
     pub fn pools(mut self, config: PoolConfig) -> Self {
         self.pools = config;
         self
     }
 
-    /// How connections are made and kept alive.
+    /// How connections are made and kept alive: keepalive, windows, user agent. See [`Connector`].
     #[must_use]
     pub fn connector(mut self, connector: Connector) -> Self {
         self.connector = connector;
@@ -198,10 +212,12 @@ impl Builder {
     pub fn build(self) -> ConnectionManager {
         ConnectionManager {
             inner: Arc::new(Inner {
-                registry: self.registry,
                 config: self.pools,
                 connector: self.connector,
-                roles: Mutex::default(),
+                roles: Mutex::new(Roles {
+                    pools: BTreeMap::new(),
+                    registry: Some(self.registry),
+                }),
             }),
         }
     }

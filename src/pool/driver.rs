@@ -4,7 +4,7 @@
 use std::{
     collections::HashMap,
     hash::Hash,
-    panic::AssertUnwindSafe,
+    panic::{self, AssertUnwindSafe},
     pin::pin,
     sync::Arc,
     thread,
@@ -42,8 +42,12 @@ pub(super) struct Driver<K, T, C: Connect<T>> {
     /// The next snapshot, in the making.
     next: Snapshot<C::Service>,
     dirty: bool,
+    /// By its users, and not by the end of its runtime.
+    stopped: bool,
     by_key: HashMap<K, u64>,
     endpoints: HashMap<u64, Known<T, C::Service>>,
+    /// How many endpoints have an id. A registry's have one each; of others, one stands in for another.
+    ids: HashMap<Arc<str>, usize>,
     last_key: u64,
     events: mpsc::UnboundedReceiver<(u64, Event<C::Service>)>,
     events_tx: mpsc::UnboundedSender<(u64, Event<C::Service>)>,
@@ -59,6 +63,8 @@ struct Known<T, S> {
     ready: Option<Arc<Ready<S>>>,
     /// Where it stands in `next.ready`, if it takes anybody's calls.
     index: Option<usize>,
+    /// Whether it is among those that calls wait for.
+    awaited: bool,
     /// None while it is barred.
     task: Option<Task>,
 }
@@ -81,8 +87,10 @@ where
             connect: Arc::new(connect),
             next: Snapshot::empty(),
             dirty: false,
+            stopped: false,
             by_key: HashMap::new(),
             endpoints: HashMap::new(),
+            ids: HashMap::new(),
             last_key: 0,
             events,
             events_tx,
@@ -138,6 +146,7 @@ where
     }
 
     async fn stop(mut self) {
+        self.stopped = true;
         self.close(&Command::Close(Kind::Stopped, None));
         let ended = async { while self.tasks.join_next().await.is_some() {} };
         // Dropping the set aborts what is left.
@@ -147,7 +156,21 @@ where
     /// False when there is nothing more to come.
     fn on_update(&mut self, update: thread::Result<Option<Update<K, Arc<T>>>>) -> bool {
         match update {
-            Ok(Some(Update::Change(Change::Insert(key, target)))) => self.insert(key, target),
+            Ok(Some(Update::Change(Change::Insert(key, target)))) => {
+                // Asked once here, where it may panic: a bug in one target is not the others' end.
+                let asked =
+                    AssertUnwindSafe(|| (target.peer(), target.stopping(), target.barred()));
+                match panic::catch_unwind(|| drop(asked())) {
+                    Ok(()) => self.insert(key, target),
+                    Err(_panic) => {
+                        let role = &*self.shared.role;
+                        tracing::error!(
+                            role,
+                            "a target panicked when asked who it is; it is skipped"
+                        );
+                    }
+                }
+            }
             Ok(Some(Update::Change(Change::Remove(key)))) => self.remove(&key),
             Ok(Some(Update::Synced)) => {
                 self.next.resolution = Resolution::Known { stale: None };
@@ -187,7 +210,7 @@ where
                     why,
                 }),
             },
-            Resolution::Stopped => Resolution::Stopped,
+            Resolution::Stopped(why) => Resolution::Stopped(*why),
         };
         self.dirty = true;
     }
@@ -200,8 +223,13 @@ where
             return;
         };
         // The same generation: its connection stays, what is said of it changes.
+        let moved = known.target.peer().address != target.peer().address;
+        if moved && known.task.is_some() {
+            // The same session elsewhere: it takes new calls there, and finishes the old ones here.
+            self.leave(number, &Command::Drain);
+            return self.add(key, target);
+        }
         known.target = target.clone();
-        let before = known.state.phase;
         match (target.barred(), &known.task) {
             (Some(why), Some(_)) => {
                 known.end(Command::Close(why.kind(), why.reason()));
@@ -219,7 +247,7 @@ where
             (None, Some(task)) => task.nudge.notify_one(),
             (Some(_), None) => {}
         }
-        self.show(number, Some(before));
+        self.show(number);
     }
 
     fn add(&mut self, key: K, target: Arc<T>) {
@@ -235,41 +263,68 @@ where
             state: State::new(phase),
             ready: None,
             index: None,
+            awaited: false,
             task,
         };
+        *self.ids.entry(known.target.peer().id.clone()).or_default() += 1;
         self.endpoints.insert(number, known);
-        self.show(number, None);
+        self.show(number);
     }
 
     fn remove(&mut self, key: &K) {
         let Some(number) = self.by_key.remove(key) else {
             return;
         };
+        let stopping = self
+            .endpoints
+            .get(&number)
+            .is_some_and(|known| known.target.stopping());
+        self.leave(
+            number,
+            &match stopping {
+                true => Command::Drain,
+                false => Command::Close(Kind::SessionDeleted, None),
+            },
+        );
+    }
+
+    /// Takes an endpoint out of everything, and has its task end as told.
+    fn leave(&mut self, number: u64, how: &Command) {
         let Some(mut known) = self.endpoints.remove(&number) else {
             return;
         };
-        if known.target.stopping() {
-            known.end(Command::Drain);
+        known.end(how.clone());
+        if let Command::Drain = how {
             self.draining.retain(|task| !task.commands.is_closed());
             self.draining.extend(known.task.take());
-        } else {
-            if let Some(ready) = &known.ready {
-                ready.mark_down();
-            }
-            known.end(Command::Close(Kind::SessionDeleted, None));
+        } else if let Some(ready) = &known.ready {
+            ready.mark_down();
         }
         self.unlist(&mut known);
-        if known.state.phase == Phase::Connecting {
+        if known.awaited {
             self.next.connecting -= 1;
         }
-        // Another with the same id may have come before this one went.
+        // Another with the same id may be shown by now.
         let id = &known.target.peer().id;
         if let Some(shown) = self.next.all.get(id)
-            && shown.target.peer() == known.target.peer()
+            && shown.number == number
         {
             self.next.all.remove(id);
         }
         self.dirty = true;
+        match self.ids.get_mut(id) {
+            Some(others) if *others > 1 => {
+                *others -= 1;
+                let mut all = self.endpoints.iter();
+                let other = all.find(|(_, other)| other.target.peer().id == *id);
+                if let Some(other) = other.map(|(number, _)| *number) {
+                    self.show(other);
+                }
+            }
+            _ => {
+                self.ids.remove(id);
+            }
+        }
     }
 
     fn on_event(&mut self, key: u64, event: Event<C::Service>) {
@@ -279,7 +334,6 @@ where
         if known.task.is_none() {
             return;
         }
-        let before = known.state.phase;
         let peer = known.target.peer();
         let now = SystemTime::now();
         match event {
@@ -325,7 +379,7 @@ where
                 known.state.last_error = Some((Instant::now(), why));
             }
         }
-        self.show(key, Some(before));
+        self.show(key);
     }
 
     fn spawn(&mut self, key: u64, target: &Arc<T>) -> Task {
@@ -341,25 +395,26 @@ where
             nudge: nudge.clone(),
             retired: Vec::new(),
         };
-        self.tasks.spawn(endpoint.run());
+        self.tasks.spawn(endpoint.supervise());
         Task {
             commands: commands_tx,
             nudge,
         }
     }
 
-    /// Brings the next snapshot up to what is known of this endpoint, whose phase was `before`.
-    fn show(&mut self, number: u64, before: Option<Phase>) {
+    /// Brings the next snapshot up to what is known of this endpoint.
+    fn show(&mut self, number: u64) {
         let Some(mut known) = self.endpoints.remove(&number) else {
             return;
         };
-        let is = known.state.phase == Phase::Connecting;
-        let was = before == Some(Phase::Connecting);
-        match (was, is) {
+        // Nobody waits for one that would not be picked.
+        let awaited = known.state.phase == Phase::Connecting && !known.target.stopping();
+        match (known.awaited, awaited) {
             (false, true) => self.next.connecting += 1,
             (true, false) => self.next.connecting -= 1,
             _ => {}
         }
+        known.awaited = awaited;
         match &known.ready {
             Some(ready) if !known.target.stopping() => match known.index {
                 Some(index) => self.next.ready.replace(index, ready.clone()),
@@ -368,17 +423,17 @@ where
             _ => self.unlist(&mut known),
         }
         let entry = Arc::new(Entry {
+            number,
             target: known.target.clone(),
             state: known.state.clone(),
             ready: known.ready.clone(),
         });
         // Of two with the same id, the one that is barred is not who is meant by it.
-        let peer = known.target.peer();
-        let shown = self.next.all.get(&peer.id);
-        let owned =
-            shown.is_some_and(|e| e.target.peer() != peer && e.state.phase != Phase::Barred);
+        let id = &known.target.peer().id;
+        let shown = self.next.all.get(id);
+        let owned = shown.is_some_and(|e| e.number != number && e.state.phase != Phase::Barred);
         if !owned || known.state.phase != Phase::Barred {
-            self.next.all.insert(&peer.id, entry);
+            self.next.all.insert(id, entry);
         }
         self.endpoints.insert(number, known);
         self.dirty = true;
@@ -416,7 +471,10 @@ impl<K, T, C: Connect<T>> Driver<K, T, C> {
         }
         self.endpoints.clear();
         self.next = Snapshot::empty();
-        self.next.resolution = Resolution::Stopped;
+        self.next.resolution = match self.stopped {
+            true => Resolution::Stopped(None),
+            false => Resolution::Stopped(Some("the runtime that it lived on has ended")),
+        };
         self.shared.snapshot.store(Arc::new(self.next.clone()));
         self.shared.changed.notify_waiters();
     }

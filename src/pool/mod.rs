@@ -30,8 +30,9 @@ mod protocol;
 mod service;
 pub(crate) mod snapshot;
 pub mod status;
+mod wait;
 
-use std::{fmt, hash::Hash, pin::Pin, sync::Arc, time::Duration};
+use std::{fmt, hash::Hash, panic, pin::Pin, sync::Arc, time::Duration};
 
 use futures_core::Stream;
 use tokio::{
@@ -201,7 +202,7 @@ where
     ///
     /// # Errors
     ///
-    /// [`Kind::Invalid`] outside a tokio runtime.
+    /// [`Kind::Invalid`] outside a tokio runtime, or in one without a timer (`enable_time`).
     pub fn new<K, T, C>(
         role: impl Into<Arc<str>>,
         config: PoolConfig,
@@ -216,6 +217,13 @@ where
         let runtime = runtime::Handle::try_current().map_err(|error| {
             Error::invalid("pool", "made outside a tokio runtime").with_source(error)
         })?;
+        // Tokio has no other way to ask; better here than in somebody's call.
+        if panic::catch_unwind(|| drop(time::sleep(Duration::ZERO))).is_err() {
+            return Err(Error::invalid(
+                "pool",
+                "made in a tokio runtime without enable_time",
+            ));
+        }
         let shared = Arc::new(Shared::new(role.into(), config));
         let driver = Driver::new(shared.clone(), connect);
         let (stop, stopping) = watch::channel(false);
@@ -267,6 +275,12 @@ impl Handle {
     #[cfg(feature = "manager")]
     pub(crate) fn runtime(&self) -> &runtime::Handle {
         &self.runtime
+    }
+
+    /// Whether the driver runs: neither was it stopped, nor has its runtime ended.
+    #[cfg(feature = "registry")]
+    pub(crate) fn is_running(&self) -> bool {
+        self.ended.has_changed().is_ok()
     }
 
     pub(crate) async fn stop(&self) {

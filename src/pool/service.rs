@@ -14,18 +14,16 @@ use std::{
 
 use arc_swap::ArcSwap;
 use pin_project_lite::pin_project;
-use tokio::{
-    sync::{Notify, futures::OwnedNotified},
-    time::Sleep,
-};
+use tokio::sync::Notify;
 use tower_service::Service;
 
 use super::{
     PoolConfig,
     protocol::{Call, Http, Instance, Protocol},
-    snapshot::{Phase, Ready, Resolution, Snapshot},
+    snapshot::Snapshot,
+    wait::{Slow, polled_again},
 };
-use crate::error::{BoxError, Error, Kind};
+use crate::error::{BoxError, Error};
 
 /// The balanced set of a role's endpoints, as a tower service.
 ///
@@ -93,33 +91,11 @@ pin_project! {
         Slow {
             slow: Box<Slow<S, Req>>,
         },
+        // It asks for what cannot be.
+        Refused {
+            error: Option<Error>,
+        },
     }
-}
-
-/// A call that was not picked for, or not taken, at once.
-struct Slow<S, Req> {
-    inner: Arc<Inner<S>>,
-    pinned: Option<Instance>,
-    wait_for_ready: bool,
-    // Until an endpoint has it.
-    request: Option<Req>,
-    picked: Option<Picked<S>>,
-    changed: Pin<Box<OwnedNotified>>,
-    time_up: Pin<Box<Sleep>>,
-}
-
-/// An endpoint's service which is not ready yet.
-struct Picked<S> {
-    service: S,
-    call: Call,
-    ready: Arc<Ready<S>>,
-}
-
-/// Why there was no pick.
-enum Unpicked {
-    /// Something may change: sleep until it does.
-    Wait,
-    Fail(Error),
 }
 
 // === impl Pool ===
@@ -135,7 +111,7 @@ impl<S, P> Pool<S, P> {
 
     /// This pool with all calls pinned to one instance: they go there or fail.
     ///
-    /// A request's own [`Instance`] extension goes before it.
+    /// A request whose own [`Instance`] extension names another fails with [`Kind::Invalid`](crate::Kind::Invalid).
     #[must_use]
     pub fn to(&self, instance: impl Into<Instance>) -> Self {
         Self {
@@ -156,6 +132,12 @@ impl<S, P> Pool<S, P> {
     /// Cancel safe: the stop goes on without its waiter. Stopping twice is stopping once.
     pub async fn stop(&self) {
         self.inner.driver.stop().await;
+    }
+
+    /// Whether it can still serve: neither was it stopped, nor has its runtime ended.
+    #[cfg(feature = "registry")]
+    pub(crate) fn is_running(&self) -> bool {
+        self.inner.driver.is_running()
     }
 
     pub(crate) fn role_arc(&self) -> Arc<str> {
@@ -191,6 +173,14 @@ where
     fn call(&mut self, request: Req) -> Self::Future {
         let options = P::options(&request);
         let instance = options.instance.or(self.pinned.as_ref());
+        if let (Some(asked), Some(pinned)) = (options.instance, &self.pinned)
+            && asked != pinned
+        {
+            let why = format!("it asks for {asked}, through a pool that is pinned to {pinned}");
+            return ResponseFuture::new(State::Refused {
+                error: Some(Error::invalid("request", why).with_role(&self.inner.shared.role)),
+            });
+        }
         let snapshot = self.inner.shared.snapshot.load();
         if let Some(ready) = snapshot.pick(instance) {
             let mut service = ready.service.clone();
@@ -210,16 +200,8 @@ where
             }
         }
         drop(snapshot);
-        let config = &self.inner.shared.config;
-        let slow = Box::new(Slow {
-            inner: self.inner.clone(),
-            pinned: instance.cloned(),
-            wait_for_ready: options.wait_for_ready.unwrap_or(config.wait_for_ready),
-            request: Some(request),
-            picked: None,
-            changed: self.inner.shared.interest(),
-            time_up: self.inner.driver.sleep(config.max_wait),
-        });
+        let (pinned, patient) = (instance.cloned(), options.wait_for_ready);
+        let slow = Box::new(Slow::new(&self.inner, pinned, patient, request));
         ResponseFuture::new(State::Slow { slow })
     }
 }
@@ -255,72 +237,6 @@ impl<S> Shared<S> {
             changed: Arc::new(Notify::new()),
         }
     }
-
-    /// Registers interest in the next snapshot: from here on none is missed, even before the first poll.
-    fn interest(&self) -> Pin<Box<OwnedNotified>> {
-        let mut changed = Box::pin(self.changed.clone().notified_owned());
-        changed.as_mut().enable();
-        changed
-    }
-
-    /// Why no endpoint could be picked from this snapshot, and whether it is worth waiting.
-    fn unpicked(
-        &self,
-        snapshot: &Snapshot<S>,
-        pinned: Option<&Instance>,
-        patient: bool,
-    ) -> Unpicked {
-        let error = match &snapshot.resolution {
-            Resolution::Stopped => {
-                return Unpicked::Fail(Error::new(Kind::Stopped).with_role(&self.role));
-            }
-            Resolution::Pending => return Unpicked::Wait,
-            Resolution::Failed(why) => {
-                Error::new(Kind::RegistryUnreachable).with_shared_source(why.clone())
-            }
-            Resolution::Known { .. } => match pinned {
-                Some(instance) => match snapshot.all.get(&instance.0) {
-                    None => Error::new(Kind::UnknownPeer)
-                        .with_reason(format!("instance {instance} is not registered")),
-                    // It went down a moment ago, and its endpoint is about to say what comes next.
-                    Some(entry) if entry.ready.is_some() => return Unpicked::Wait,
-                    Some(entry) if entry.state.phase == Phase::Connecting => return Unpicked::Wait,
-                    Some(entry) => entry.unready(),
-                },
-                None if snapshot.all.len() == 0 => Error::new(Kind::NoSession),
-                None if snapshot.ready.len() > 0 || snapshot.connecting > 0 => {
-                    return Unpicked::Wait;
-                }
-                None => {
-                    Error::new(Kind::NotConnected).unready(snapshot.all.len(), snapshot.troubles())
-                }
-            },
-        };
-        match patient {
-            true => Unpicked::Wait,
-            false => Unpicked::Fail(error.with_role(&self.role)),
-        }
-    }
-
-    /// The error of a call that has waited for as long as it may.
-    fn waited(&self, snapshot: &Snapshot<S>, pinned: Option<&Instance>) -> Error {
-        let waited = format!("no endpoint was ready within {:?}", self.config.max_wait);
-        match self.unpicked(snapshot, pinned, false) {
-            Unpicked::Fail(error) => error,
-            Unpicked::Wait if matches!(snapshot.resolution, Resolution::Pending) => {
-                Error::new(Kind::RegistryUnreachable).with_reason(waited)
-            }
-            Unpicked::Wait if snapshot.all.len() > 0 => {
-                match pinned.and_then(|instance| snapshot.all.get(instance.id())) {
-                    Some(entry) => return entry.unready(),
-                    None => Error::new(Kind::NotConnected)
-                        .unready(snapshot.all.len(), snapshot.troubles()),
-                }
-            }
-            Unpicked::Wait => Error::new(Kind::NotConnected).with_reason(waited),
-        }
-        .with_role(&self.role)
-    }
 }
 
 // === impl ResponseFuture ===
@@ -340,15 +256,8 @@ impl<S: Service<Req>, Req, P> ResponseFuture<S, Req, P> {
             State::Calling {
                 call: Some(call), ..
             } => error.with_peer(&Arc::new(call.peer().clone())),
-            State::Calling { call: None, .. } => error,
-            State::Slow { slow } => {
-                let shared = &slow.inner.shared;
-                let waiting = shared.waited(&shared.snapshot.load(), slow.pinned.as_ref());
-                error
-                    .with_role(&shared.role)
-                    .with_sent(crate::Sent::Unsent)
-                    .with_source(waiting)
-            }
+            State::Calling { call: None, .. } | State::Refused { .. } => error,
+            State::Slow { slow } => slow.explain(error),
         }
     }
 }
@@ -368,9 +277,7 @@ where
                 StateProj::Calling { response, call } => {
                     let result = ready!(response.poll(cx));
                     let Some(call) = call.take() else {
-                        return Poll::Ready(Err(
-                            Error::new(Kind::Internal).with_reason("polled after it was ready")
-                        ));
+                        return Poll::Ready(Err(polled_again()));
                     };
                     return Poll::Ready(match result {
                         Ok(response) => Ok(P::track(response, call)),
@@ -382,6 +289,9 @@ where
                             })
                         }
                     });
+                }
+                StateProj::Refused { error } => {
+                    return Poll::Ready(Err(error.take().unwrap_or_else(polled_again)));
                 }
                 // Slow => (Calling | failed)
                 StateProj::Slow { slow } => {
@@ -400,78 +310,9 @@ impl<S: Service<Req>, Req, P> fmt::Debug for ResponseFuture<S, Req, P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let state = match &self.state {
             State::Calling { call, .. } => format!("calling {call:?}"),
-            State::Slow { slow } => match &slow.picked {
-                Some(picked) => format!("waiting until {:?} is ready", picked.call),
-                None => "waiting for an endpoint".to_owned(),
-            },
+            State::Slow { .. } => "waiting".to_owned(),
+            State::Refused { error } => format!("refused {error:?}"),
         };
         f.debug_tuple("ResponseFuture").field(&state).finish()
-    }
-}
-
-// === impl Slow ===
-
-impl<S, Req> Slow<S, Req>
-where
-    S: Service<Req> + Clone,
-    S::Error: Into<BoxError>,
-{
-    /// An endpoint has the call, or there is none and waiting is over.
-    fn poll_call(&mut self, cx: &mut Context<'_>) -> Poll<Result<(S::Future, Call), Error>> {
-        loop {
-            // Picked => (called | looking | failed)
-            if let Some(picked) = &mut self.picked {
-                match picked.service.poll_ready(cx) {
-                    Poll::Ready(Ok(())) => {
-                        let (Some(mut picked), Some(request)) =
-                            (self.picked.take(), self.request.take())
-                        else {
-                            return Poll::Ready(Err(
-                                Error::new(Kind::Internal).with_reason("polled after it was ready")
-                            ));
-                        };
-                        return Poll::Ready(Ok((picked.service.call(request), picked.call)));
-                    }
-                    Poll::Ready(Err(_)) => picked.ready.mark_down(),
-                    Poll::Pending => {
-                        if self.time_up.as_mut().poll(cx).is_ready() {
-                            let bound = self.inner.shared.config.max_wait;
-                            return Poll::Ready(Err(Error::new(Kind::NotConnected)
-                                .with_reason(format!("the endpoint was busy for {bound:?}"))
-                                .with_peer(&Arc::new(picked.call.peer().clone()))));
-                        }
-                        // The set changed: this endpoint may be gone, or another free.
-                        ready!(self.changed.as_mut().poll(cx));
-                        self.changed = self.inner.shared.interest();
-                    }
-                }
-                self.picked = None;
-            }
-
-            // Looking => (Picked | waiting | failed). Interest is registered before the look.
-            let snapshot = self.inner.shared.snapshot.load();
-            if let Some(ready) = snapshot.pick(self.pinned.as_ref()) {
-                self.picked = Some(Picked {
-                    service: ready.service.clone(),
-                    call: Call {
-                        guard: ready.load.acquire(),
-                    },
-                    ready: ready.clone(),
-                });
-                continue;
-            }
-            let shared = &self.inner.shared;
-            match shared.unpicked(&snapshot, self.pinned.as_ref(), self.wait_for_ready) {
-                Unpicked::Fail(error) => return Poll::Ready(Err(error)),
-                Unpicked::Wait => {}
-            }
-            // Waiting => (looking | failed)
-            if self.time_up.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Err(shared.waited(&snapshot, self.pinned.as_ref())));
-            }
-            drop(snapshot);
-            ready!(self.changed.as_mut().poll(cx));
-            self.changed = self.inner.shared.interest();
-        }
     }
 }

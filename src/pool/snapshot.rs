@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     endpoint::{Target, load::Load},
-    error::{Error, Kind, Peer, SharedError, Trouble},
+    error::{Error, Kind, Peer, STOPPING, SharedError, Trouble},
 };
 
 /// One role's endpoints at one moment.
@@ -41,8 +41,8 @@ pub(crate) enum Resolution {
     Failed(SharedError),
     /// It has answered. `stale` since then and because of that, if it is failing now.
     Known { stale: Option<Stale> },
-    /// The pool was stopped.
-    Stopped,
+    /// The pool was stopped, or came to an end by itself, and why.
+    Stopped(Option<&'static str>),
 }
 
 /// Since when, and why, the last known set is all there is.
@@ -65,6 +65,8 @@ pub(crate) struct Ready<S> {
 
 /// What is known of one endpoint; replaced at each change of its state.
 pub(crate) struct Entry<S> {
+    /// The endpoint's, by which its driver tells it from another of the same name.
+    pub(crate) number: u64,
     pub(crate) target: Arc<dyn Target>,
     pub(crate) state: State,
     pub(crate) ready: Option<Arc<Ready<S>>>,
@@ -114,6 +116,25 @@ impl<S> Snapshot<S> {
             None => pick::least_loaded_of_two(self),
             Some(instance) => pick::pinned(self, instance.id()),
         }
+    }
+
+    /// Endpoints that a call may go to, the pick first, where the pick may have no room.
+    pub(crate) fn candidates(
+        &self,
+        pinned: Option<&Instance>,
+        most: usize,
+    ) -> impl Iterator<Item = &Arc<Ready<S>>> {
+        let first = self.pick(pinned);
+        let others = match (pinned, first) {
+            (None, Some(_)) => self.ready.len(),
+            _ => 0,
+        };
+        let start = fastrand::usize(..others.max(1));
+        // Bounded: among thousands that are down it is enough to have looked at some.
+        let others = (0..others.min(4 * most))
+            .filter_map(move |step| self.ready.get((start + step) % self.ready.len()))
+            .filter(move |other| !other.is_down() && first.is_none_or(|f| !Arc::ptr_eq(f, other)));
+        first.into_iter().chain(others).take(most)
     }
 
     /// A few endpoints that could not be called, to be named in an error.
@@ -178,6 +199,7 @@ impl<S> Entry<S> {
 
     pub(crate) fn trouble(&self) -> Trouble {
         let state = match self.state.phase {
+            _ if self.target.stopping() => STOPPING,
             Phase::Connecting => "connecting",
             Phase::Ready => "just lost",
             Phase::Retrying => "reconnecting",
@@ -200,6 +222,7 @@ impl<S> Entry<S> {
 impl<S> Clone for Entry<S> {
     fn clone(&self) -> Self {
         Self {
+            number: self.number,
             target: self.target.clone(),
             state: self.state.clone(),
             ready: self.ready.clone(),

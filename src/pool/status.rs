@@ -104,7 +104,7 @@ impl<S, P> Pool<S, P> {
                     since: stale.since,
                     why: stale.why.clone(),
                 },
-                Resolution::Stopped => Discovery::Stopped,
+                Resolution::Stopped(_) => Discovery::Stopped,
             },
             endpoints,
         }

@@ -100,7 +100,7 @@ impl Open {
         }
         let failure = self.pump.take().and_then(|pump| pump.failure());
         Some(Err(
-            failure.unwrap_or_else(|| self.slot.core.classify(error))
+            failure.unwrap_or_else(|| self.slot.core.classify_late(error))
         ))
     }
 }

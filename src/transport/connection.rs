@@ -52,6 +52,7 @@ pub(super) struct Core {
     pub(super) scheme: Scheme,
     pub(super) authority: Authority,
     pub(super) user_agent: HeaderValue,
+    pub(super) max_header_list_size: usize,
     /// Where pumps of streaming requests run: a call may be made outside of any runtime.
     pub(super) runtime: runtime::Handle,
     /// Calls that have a stream, and how many the peer allows; a new reading replaces the latter when it
@@ -102,6 +103,7 @@ impl Connection {
             scheme: Scheme::HTTP,
             authority,
             user_agent: config.user_agent.clone(),
+            max_header_list_size: config.max_header_list_size,
             runtime: runtime::Handle::current(),
             streams: AtomicUsize::new(0),
             max_streams: AtomicUsize::new(usize::MAX),
@@ -195,7 +197,10 @@ impl Connection {
                 // Interest first, then another look.
                 None => {
                     let max = self.send.current_max_send_streams();
-                    self.core.max_streams.store(max, Ordering::SeqCst);
+                    if max > self.core.max_streams.swap(max, Ordering::SeqCst) {
+                        // There is room that no slot was given back for.
+                        self.core.slot_free.notify_waiters();
+                    }
                     let mut slot = Box::pin(self.core.slot_free.clone().notified_owned());
                     slot.as_mut().enable();
                     self.slot = Some(slot);
@@ -305,6 +310,20 @@ impl Core {
             .with_source(error)
     }
 
+    /// The same once the peer has begun to answer: whatever it says now, it has processed the call.
+    pub(super) fn classify_late(&self, error: h2::Error) -> Error {
+        let kind = match error.is_reset() && error.is_remote() {
+            true => Kind::Reset,
+            false => Kind::ConnectionLost,
+        };
+        if kind == Kind::ConnectionLost
+            && let Some(error) = self.error()
+        {
+            return error;
+        }
+        Error::new(kind).with_sent(Sent::Sent).with_source(error)
+    }
+
     pub(super) fn close_because(&self, kind: Kind, reason: Option<String>) {
         // Whoever is first says why; h2 drops the streams when the task is gone.
         let _ = self.closed.set((kind, reason));
@@ -381,6 +400,12 @@ impl Drop for Ending {
 pub(super) struct AbortOnDrop(pub(super) Option<AbortHandle>);
 
 impl AbortOnDrop {
+    pub(super) fn abort(&self) {
+        if let Some(task) = &self.0 {
+            task.abort();
+        }
+    }
+
     pub(super) fn disarm(mut self) {
         self.0 = None;
     }
@@ -388,9 +413,7 @@ impl AbortOnDrop {
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
-        if let Some(task) = &self.0 {
-            task.abort();
-        }
+        self.abort();
     }
 }
 

@@ -51,6 +51,7 @@ pub struct Connector {
     pub(crate) stream_window: u32,
     pub(crate) connection_window: u32,
     pub(crate) user_agent: HeaderValue,
+    pub(crate) max_header_list_size: usize,
 }
 
 // === impl Connector ===
@@ -69,6 +70,7 @@ impl Connector {
                 "switchboard/",
                 env!("CARGO_PKG_VERSION")
             )),
+            max_header_list_size: 64 << 10,
         }
     }
 
@@ -119,6 +121,25 @@ impl Connector {
         }
         self.stream_window = stream;
         self.connection_window = connection;
+        Ok(self)
+    }
+
+    /// How large a request's headers may be, in bytes as HTTP/2 counts them: names, values, and 32 for
+    /// each. A call with more fails with [`Kind::Invalid`](crate::Kind::Invalid) and is not sent. Default
+    /// 64 KiB; 1 KiB to 16 MiB.
+    ///
+    /// Servers answer too large headers with an error, and much too large ones by closing the connection
+    /// under all other calls: tonic's does from about 100 KiB on.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) outside these bounds.
+    pub fn max_header_list_size(mut self, bytes: usize) -> Result<Self, Error> {
+        if !(1 << 10..=16 << 20).contains(&bytes) {
+            let why = format!("{bytes} is not between 1,024 and 16,777,216 bytes");
+            return Err(Error::invalid("largest header list", why));
+        }
+        self.max_header_list_size = bytes;
         Ok(self)
     }
 

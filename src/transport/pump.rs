@@ -6,7 +6,10 @@
 use std::{
     future::poll_fn,
     pin::Pin,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, ready},
 };
 
@@ -21,17 +24,32 @@ use crate::error::{BoxError, Error, Kind, Sent, SharedError};
 /// The running pump of one call; dropping it ends the request where it is.
 #[derive(Debug)]
 pub(super) struct Pump {
-    failure: Arc<OnceLock<SharedError>>,
-    _task: AbortOnDrop,
+    shared: Arc<Shared>,
+    task: AbortOnDrop,
 }
 
-/// The sending half. Dropped unfinished (the body failed or panicked, or the call was dropped), it resets
-/// the stream, so that neither side waits for the rest.
-struct Sender {
-    stream: SendStream<Bytes>,
-    finished: bool,
-    failure: Arc<OnceLock<SharedError>>,
+/// What a pump and its task share.
+#[derive(Debug, Default)]
+struct Shared {
+    /// The request body's own error.
+    failure: OnceLock<SharedError>,
+    /// The stream is not to be reset yet: the task leaves it here when it ends.
+    hold: AtomicBool,
+    held: Mutex<Option<SendStream<Bytes>>>,
 }
+
+/// The task's half: the caller's body, and where it goes. Dropped unfinished (the body failed or panicked, or
+/// the call was dropped), it resets the stream, so that neither side waits for the rest.
+struct Sender<B> {
+    body: B,
+    // None only while it is dropped.
+    stream: Option<SendStream<Bytes>>,
+    finished: bool,
+    shared: Arc<Shared>,
+}
+
+/// The stream is over, whatever there was still to send.
+struct Over;
 
 impl Pump {
     /// Sends what was already polled, then the rest.
@@ -45,11 +63,12 @@ impl Pump {
         B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
         B::Error: Into<BoxError>,
     {
-        let failure = Arc::new(OnceLock::new());
+        let shared = Arc::new(Shared::default());
         let mut sender = Sender {
-            stream,
+            body,
+            stream: Some(stream),
             finished: false,
-            failure: failure.clone(),
+            shared: shared.clone(),
         };
         let task = runtime.spawn(async move {
             for frame in queued.into_iter().flatten() {
@@ -57,47 +76,46 @@ impl Pump {
                     return;
                 }
             }
-            sender.rest(body).await;
+            sender.rest().await;
         });
         Self {
-            failure,
-            _task: AbortOnDrop(Some(task.abort_handle())),
+            shared,
+            task: AbortOnDrop(Some(task.abort_handle())),
         }
     }
 
     /// The request body's own error, if that is what ended the call.
     pub(super) fn failure(&self) -> Option<Error> {
-        self.failure.get().map(|error| {
+        self.shared.failure.get().map(|error| {
             Error::new(Kind::RequestBody)
                 .with_sent(Sent::Sent)
                 .with_shared_source(error.clone())
         })
     }
+
+    /// Ends the request where it is and lets go of the body, but keeps the stream until this is dropped.
+    pub(super) fn hold(&mut self) {
+        self.shared.hold.store(true, Ordering::Release);
+        self.task.abort();
+    }
 }
 
-/// The stream is over, whatever there was still to send.
-struct Over;
-
-impl Sender {
-    async fn rest<B>(&mut self, mut body: B)
-    where
-        B: http_body::Body<Data = Bytes> + Unpin,
-        B::Error: Into<BoxError>,
-    {
+impl<B> Sender<B>
+where
+    B: http_body::Body<Data = Bytes> + Unpin,
+    B::Error: Into<BoxError>,
+{
+    async fn rest(&mut self) {
         while !self.finished {
             let next = poll_fn(|cx| {
-                if let Poll::Ready(result) = self.stream.poll_reset(cx) {
-                    let _ = result;
+                if self.poll_reset(cx).is_ready() {
                     return Poll::Ready(Err(Over));
                 }
-                let frame = ready!(Pin::new(&mut body).poll_frame(cx));
+                let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
                 Poll::Ready(Ok(frame.map(|frame| frame.map_err(Into::into))))
             });
             match next.await {
-                Err(Over) => {
-                    self.finished = true;
-                    return;
-                }
+                Err(Over) => self.finished = true,
                 Ok(Some(Ok(frame))) => {
                     if self.send(frame).await.is_err() {
                         return;
@@ -105,76 +123,94 @@ impl Sender {
                 }
                 Ok(Some(Err(error))) => {
                     let error: BoxError = error;
-                    let _ = self.failure.set(Arc::from(error));
+                    let _ = self.shared.failure.set(Arc::from(error));
                     return;
                 }
                 Ok(None) => {
                     self.finished = true;
-                    let _ = self.stream.send_data(Bytes::new(), true);
+                    if let Some(stream) = &mut self.stream {
+                        let _ = stream.send_data(Bytes::new(), true);
+                    }
                 }
             }
         }
     }
 
     async fn send(&mut self, frame: Frame<Bytes>) -> Result<(), Over> {
-        match frame.into_data() {
+        let sent = match frame.into_data() {
             Ok(data) => self.send_data(data).await,
             Err(frame) => {
-                if let Ok(trailers) = frame.into_trailers() {
+                if let (Ok(trailers), Some(stream)) = (frame.into_trailers(), &mut self.stream) {
                     self.finished = true;
-                    let _ = self.stream.send_trailers(trailers);
+                    let _ = stream.send_trailers(trailers);
                 }
                 Ok(())
             }
-        }
+        };
+        self.finished |= sent.is_err();
+        sent
     }
 
     async fn send_data(&mut self, mut data: Bytes) -> Result<(), Over> {
         while !data.is_empty() {
-            self.stream.reserve_capacity(data.len());
-            let room = poll_fn(|cx| self.poll_room(cx)).await;
-            let Ok(room) = room else {
-                self.finished = true;
-                return Err(Over);
-            };
+            self.stream()?.reserve_capacity(data.len());
+            let room = poll_fn(|cx| self.poll_room(cx)).await?;
             let part = data.split_to(room.min(data.len()));
-            if self.stream.send_data(part, false).is_err() {
-                self.finished = true;
-                return Err(Over);
-            }
+            self.stream()?.send_data(part, false).map_err(|_| Over)?;
         }
         // What is reserved and not used would be withheld from other streams.
-        self.stream.reserve_capacity(0);
+        self.stream()?.reserve_capacity(0);
         Ok(())
     }
 
     fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, Over>> {
         loop {
-            if self.stream.poll_reset(cx).is_ready() {
+            if self.poll_reset(cx).is_ready() {
                 return Poll::Ready(Err(Over));
             }
+            let stream = self.stream()?;
             // What is left of an earlier grant is not announced again.
-            match self.stream.capacity() {
+            match stream.capacity() {
                 0 => {}
                 room => return Poll::Ready(Ok(room)),
             }
-            match ready!(self.stream.poll_capacity(cx)) {
+            match ready!(stream.poll_capacity(cx)) {
                 Some(Ok(0)) => {}
                 Some(Ok(room)) => return Poll::Ready(Ok(room)),
                 Some(Err(_)) | None => return Poll::Ready(Err(Over)),
             }
         }
     }
+
+    /// Ready when there is nothing more to send to.
+    fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match &mut self.stream {
+            Some(stream) => stream.poll_reset(cx).map(drop),
+            None => Poll::Ready(()),
+        }
+    }
+
+    fn stream(&mut self) -> Result<&mut SendStream<Bytes>, Over> {
+        self.stream.as_mut().ok_or(Over)
+    }
 }
 
-impl Drop for Sender {
+impl<B> Drop for Sender<B> {
     fn drop(&mut self) {
+        let Some(mut stream) = self.stream.take() else {
+            return;
+        };
+        if self.shared.hold.load(Ordering::Acquire) {
+            let held = &self.shared.held;
+            *held.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
+            return;
+        }
         if !self.finished {
             if std::thread::panicking() {
                 let why = BoxError::from("the request body panicked");
-                let _ = self.failure.set(Arc::from(why));
+                let _ = self.shared.failure.set(Arc::from(why));
             }
-            self.stream.send_reset(Reason::CANCEL);
+            stream.send_reset(Reason::CANCEL);
         }
     }
 }

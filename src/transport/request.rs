@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response, header::USER_AGENT, uri};
+use http::{HeaderMap, Request, Response, header::USER_AGENT, uri};
 use http_body::{Body as _, Frame};
 use tower_service::Service;
 
@@ -22,8 +22,9 @@ use crate::error::{BoxError, Error, Kind, Sent};
 
 /// The head of the response of a call through a [`Connection`].
 ///
-/// Dropping it resets the stream: at once, unless many are dropped together of which the peer has shown
-/// nothing yet; then no later than the peer has answered a ping for each 16 of them.
+/// Dropping it lets go of the request and resets the stream: at once, unless more than 16 were dropped within
+/// a second without an answer; then when the peer has answered a ping, or a few if they are hundreds. A
+/// server that gets too many resets at a time closes the connection under all other calls.
 #[must_use = "futures do nothing unless polled"]
 pub struct ResponseFuture {
     state: State,
@@ -77,6 +78,7 @@ impl Connection {
         B::Error: Into<BoxError>,
     {
         let (mut head, mut body) = request.into_parts();
+        self.check(&head.headers)?;
         let ahead =
             look(&mut body).map_err(|error| Error::new(Kind::RequestBody).with_source(error))?;
 
@@ -119,6 +121,19 @@ impl Connection {
             pump,
             slot,
         })
+    }
+
+    /// Refuses headers that would cost others their connection.
+    fn check(&self, headers: &HeaderMap) -> Result<(), Error> {
+        let sizes = headers
+            .iter()
+            .map(|(name, value)| name.as_str().len() + value.len() + 32);
+        let (size, most) = (sizes.sum::<usize>(), self.core.max_header_list_size);
+        if size > most {
+            let why = format!("{size} bytes of headers; at most {most} are sent");
+            return Err(Error::invalid("metadata", why));
+        }
+        Ok(())
     }
 
     /// Why a request was not taken: the connection, if that is at an end; otherwise the request.
@@ -207,7 +222,7 @@ impl Drop for ResponseFuture {
             let core = slot.core.clone();
             core.resets().cancel(Cancelled {
                 _response: response,
-                _pump: pump,
+                pump,
                 _slot: slot,
             });
         }

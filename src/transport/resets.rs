@@ -2,14 +2,16 @@
 //!
 //! A server counts calls that are reset before it has taken them in, for that is what an attack looks like
 //! (CVE-2023-44487), and closes the connection under all others when there are too many: 20 in h2, which is
-//! tonic's. A hundred calls that time out together, at a server that is busy, are such a burst. So of the
-//! calls that are cancelled without an answer only 16 are reset at once; the others keep their streams until
-//! the peer has answered a ping, which it reads after them, and then go 16 by 16.
+//! tonic's. A hundred calls that time out together, at a server that is busy, are such a burst. So of calls
+//! that are cancelled in quick succession, with no answer, 16 are reset at once; the others keep their
+//! streams until the peer has answered a ping, which it reads after them. Then 64 go, and four times as many
+//! after each further answer.
 
 use std::{
     collections::VecDeque,
     fmt,
     sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use tokio::sync::Notify;
@@ -18,6 +20,12 @@ use super::{connection::Slot, pump::Pump};
 
 /// How many resets may be on their way to streams of which the peer has shown nothing yet.
 const UNCONFIRMED: usize = 16;
+
+/// How many times more may be after each answer of a peer that is keeping up.
+const GROWTH: usize = 4;
+
+/// A peer that has had this long since the last reset has taken in what came before.
+const LONG_AGO: Duration = Duration::from_secs(1);
 
 /// The cancelled calls of one connection.
 pub(super) struct Resets {
@@ -29,6 +37,9 @@ pub(super) struct Resets {
 struct Inner {
     waiting: VecDeque<Cancelled>,
     unconfirmed: usize,
+    /// How many go at the next answer.
+    batch: usize,
+    last: Option<Instant>,
     /// The connection has ended, and its streams with it.
     closed: bool,
 }
@@ -37,8 +48,18 @@ struct Inner {
 pub(super) struct Cancelled {
     // First, so that the stream is let go of before its slot is given to another.
     pub(super) _response: h2::client::ResponseFuture,
-    pub(super) _pump: Option<Pump>,
+    pub(super) pump: Option<Pump>,
     pub(super) _slot: Slot,
+}
+
+impl Cancelled {
+    /// Lets go of the caller's request, and keeps the stream.
+    fn held(mut self) -> Self {
+        if let Some(pump) = &mut self.pump {
+            pump.hold();
+        }
+        self
+    }
 }
 
 impl Resets {
@@ -53,13 +74,18 @@ impl Resets {
     pub(super) fn cancel(&self, call: Cancelled) {
         {
             let mut inner = self.lock();
-            if !inner.closed && inner.unconfirmed >= UNCONFIRMED {
-                inner.waiting.push_back(call);
+            if inner.last.is_some_and(|last| last.elapsed() >= LONG_AGO) {
+                inner.unconfirmed = 0;
+            }
+            let now = inner.closed || inner.unconfirmed < UNCONFIRMED;
+            if !now || !inner.waiting.is_empty() {
+                inner.waiting.push_back(call.held());
                 drop(inner);
                 self.wanted.notify_one();
                 return;
             }
             inner.unconfirmed += 1;
+            inner.last = Some(Instant::now());
         }
         // Outside the lock: it goes into h2's.
         drop(call);
@@ -76,8 +102,14 @@ impl Resets {
     pub(super) fn confirmed(&self) {
         let next: Vec<_> = {
             let mut inner = self.lock();
-            let next = inner.waiting.len().min(UNCONFIRMED);
+            let batch = inner.batch.max(UNCONFIRMED * GROWTH);
+            let next = inner.waiting.len().min(batch);
             inner.unconfirmed = next;
+            inner.batch = match inner.waiting.len() > next {
+                true => batch.saturating_mul(GROWTH),
+                false => 0,
+            };
+            inner.last = Some(Instant::now());
             inner.waiting.drain(..next).collect()
         };
         drop(next);

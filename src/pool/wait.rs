@@ -1,0 +1,232 @@
+//! The slow path of a call: waiting for an endpoint that is ready, and failing when that is no use.
+//!
+//! Order matters: register interest in the next snapshot, look at this one, and only then sleep. So nothing
+//! that happens between the look and the sleep is missed.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use tokio::{sync::futures::OwnedNotified, time::Sleep};
+use tower_service::Service;
+
+use super::{
+    protocol::{Call, Instance},
+    service::{Inner, Shared},
+    snapshot::{Phase, Ready, Resolution, Snapshot},
+};
+use crate::error::{BoxError, Error, Kind, Sent};
+
+/// How many endpoints that are not ready for a call it waits for at a time.
+const CANDIDATES: usize = 4;
+
+/// A call that was not picked for, or not taken, at once.
+pub(super) struct Slow<S, Req> {
+    inner: Arc<Inner<S>>,
+    pinned: Option<Instance>,
+    patient: bool,
+    // Until an endpoint has it.
+    request: Option<Req>,
+    candidates: Vec<Candidate<S>>,
+    changed: Pin<Box<OwnedNotified>>,
+    time_up: Pin<Box<Sleep>>,
+}
+
+/// An endpoint whose service was not ready at the last look.
+struct Candidate<S> {
+    service: S,
+    ready: Arc<Ready<S>>,
+}
+
+/// Why there was no pick.
+enum Unpicked {
+    /// Something may change: sleep until it does.
+    Wait,
+    Fail(Error),
+}
+
+// === impl Slow ===
+
+impl<S, Req> Slow<S, Req> {
+    pub(super) fn new(
+        inner: &Arc<Inner<S>>,
+        pinned: Option<Instance>,
+        wait_for_ready: Option<bool>,
+        request: Req,
+    ) -> Self {
+        let config = &inner.shared.config;
+        Self {
+            inner: inner.clone(),
+            pinned,
+            patient: wait_for_ready.unwrap_or(config.wait_for_ready),
+            request: Some(request),
+            candidates: Vec::new(),
+            changed: inner.shared.interest(),
+            time_up: inner.driver.sleep(config.max_wait),
+        }
+    }
+
+    /// An error from outside, such as a deadline, with what was waited for.
+    #[cfg(feature = "manager")]
+    pub(super) fn explain(&self, error: Error) -> Error {
+        error
+            .with_role(&self.inner.shared.role)
+            .with_sent(Sent::Unsent)
+            .with_source(self.waited())
+    }
+
+    /// The error of a call that has waited for as long as it may.
+    fn waited(&self) -> Error {
+        let shared = &self.inner.shared;
+        match self.candidates.first() {
+            Some(candidate) => Error::new(Kind::Busy)
+                .with_reason("it has no room for another call")
+                .with_peer(&Arc::new(candidate.ready.load.of().clone())),
+            None => shared.waited(&shared.snapshot.load(), self.pinned.as_ref()),
+        }
+    }
+}
+
+impl<S, Req> Slow<S, Req>
+where
+    S: Service<Req> + Clone,
+    S::Error: Into<BoxError>,
+{
+    /// An endpoint has the call, or there is none and waiting is over.
+    pub(super) fn poll_call(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(S::Future, Call), Error>> {
+        loop {
+            // Looking => (called | waiting | failed)
+            if self.candidates.is_empty() {
+                let snapshot = self.inner.shared.snapshot.load();
+                let found = snapshot.candidates(self.pinned.as_ref(), CANDIDATES);
+                self.candidates.extend(found.map(|ready| Candidate {
+                    service: ready.service.clone(),
+                    ready: ready.clone(),
+                }));
+                if self.candidates.is_empty() {
+                    let shared = &self.inner.shared;
+                    match shared.unpicked(&snapshot, self.pinned.as_ref(), self.patient) {
+                        Unpicked::Fail(error) => return Poll::Ready(Err(error)),
+                        Unpicked::Wait => {}
+                    }
+                }
+            }
+            let (found, mut n) = (self.candidates.len(), 0);
+            while let Some(candidate) = self.candidates.get_mut(n) {
+                match candidate.service.poll_ready(cx) {
+                    Poll::Ready(Ok(())) => {
+                        let Some(request) = self.request.take() else {
+                            return Poll::Ready(Err(polled_again()));
+                        };
+                        let call = Call {
+                            guard: candidate.ready.load.acquire(),
+                        };
+                        return Poll::Ready(Ok((candidate.service.call(request), call)));
+                    }
+                    Poll::Ready(Err(_)) => {
+                        candidate.ready.mark_down();
+                        self.candidates.swap_remove(n);
+                    }
+                    Poll::Pending => n += 1,
+                }
+            }
+            if found > 0 && self.candidates.is_empty() {
+                // They went down, and are passed by at the next look.
+                continue;
+            }
+            // Waiting => (looking | failed). For the candidates, which have the waker, for the next
+            // snapshot, or for the end of patience.
+            if self.time_up.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Err(self.waited()));
+            }
+            ready!(self.changed.as_mut().poll(cx));
+            self.changed = self.inner.shared.interest();
+            self.candidates.clear();
+        }
+    }
+}
+
+/// The error of a future that is polled after it was ready.
+pub(super) fn polled_again() -> Error {
+    Error::new(Kind::Internal).with_reason("polled after it was ready")
+}
+
+// === impl Shared ===
+
+impl<S> Shared<S> {
+    /// Registers interest in the next snapshot: from here on none is missed, even before the first poll.
+    fn interest(&self) -> Pin<Box<OwnedNotified>> {
+        let mut changed = Box::pin(self.changed.clone().notified_owned());
+        changed.as_mut().enable();
+        changed
+    }
+
+    /// Why no endpoint could be picked from this snapshot, and whether it is worth waiting.
+    fn unpicked(
+        &self,
+        snapshot: &Snapshot<S>,
+        pinned: Option<&Instance>,
+        patient: bool,
+    ) -> Unpicked {
+        let error = match &snapshot.resolution {
+            Resolution::Stopped(why) => {
+                let error = Error::new(Kind::Stopped).with_role(&self.role);
+                return Unpicked::Fail(match why {
+                    Some(why) => error.with_reason(*why),
+                    None => error,
+                });
+            }
+            Resolution::Pending => return Unpicked::Wait,
+            Resolution::Failed(why) => {
+                Error::new(Kind::RegistryUnreachable).with_shared_source(why.clone())
+            }
+            Resolution::Known { .. } => match pinned {
+                Some(instance) => match snapshot.all.get(&instance.0) {
+                    None => Error::new(Kind::UnknownPeer)
+                        .with_reason(format!("instance {instance} is not registered")),
+                    // It went down a moment ago, and its endpoint is about to say what comes next.
+                    Some(entry) if entry.ready.is_some() => return Unpicked::Wait,
+                    Some(entry) if entry.state.phase == Phase::Connecting => return Unpicked::Wait,
+                    Some(entry) => entry.unready(),
+                },
+                None if snapshot.all.len() == 0 => Error::new(Kind::NoSession),
+                None if snapshot.ready.len() > 0 || snapshot.connecting > 0 => {
+                    return Unpicked::Wait;
+                }
+                None => {
+                    Error::new(Kind::NotConnected).unready(snapshot.all.len(), snapshot.troubles())
+                }
+            },
+        };
+        match patient {
+            true => Unpicked::Wait,
+            false => Unpicked::Fail(error.with_role(&self.role)),
+        }
+    }
+
+    /// The error of a call that has waited for as long as it may.
+    fn waited(&self, snapshot: &Snapshot<S>, pinned: Option<&Instance>) -> Error {
+        let waited = format!("no endpoint was ready within {:?}", self.config.max_wait);
+        match self.unpicked(snapshot, pinned, false) {
+            Unpicked::Fail(error) => error,
+            Unpicked::Wait if matches!(snapshot.resolution, Resolution::Pending) => {
+                Error::new(Kind::RegistryUnreachable).with_reason(waited)
+            }
+            Unpicked::Wait if snapshot.all.len() > 0 => {
+                match pinned.and_then(|instance| snapshot.all.get(instance.id())) {
+                    Some(entry) => return entry.unready(),
+                    None => Error::new(Kind::NotConnected)
+                        .unready(snapshot.all.len(), snapshot.troubles()),
+                }
+            }
+            Unpicked::Wait => Error::new(Kind::NotConnected).with_reason(waited),
+        }
+        .with_role(&self.role)
+    }
+}
