@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Connector,
+    paced::Paced,
     pings::{self, Keepalive},
     resets::Resets,
 };
@@ -142,6 +143,7 @@ impl Connection {
             return Err(Error::new(Kind::Internal).with_reason("h2 gave no ping handle"));
         };
         let ending = Ending(core.clone());
+        let connection = Paced::new(connection, core.clone());
         let task = tokio::spawn(async move {
             let ending = ending;
             // Moved into the await: its drop is what fails the streams after a write error.

@@ -10,6 +10,7 @@
 mod body;
 mod connection;
 mod dial;
+mod paced;
 mod pings;
 mod pump;
 mod request;

@@ -1,0 +1,65 @@
+//! What the pool adds to a service that does nothing, beside tower's `Balance` and `Buffer` over `Balance`.
+
+mod support;
+
+use std::{hint::black_box, time::Duration};
+
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use support::{
+    measure::Threads,
+    pools::{self, Through},
+};
+
+const ENDPOINTS: [usize; 4] = [2, 10, 100, 1_000];
+
+fn overhead(c: &mut Criterion) {
+    for (threads, callers, name) in [
+        (Threads::One, 1, "1 thread"),
+        (Threads::Two, 2, "2 threads"),
+    ] {
+        let runtime = threads.runtime();
+        let mut group = c.benchmark_group(format!("overhead, {name}"));
+        group
+            .sample_size(20)
+            .warm_up_time(Duration::from_millis(200))
+            .measurement_time(Duration::from_secs(1));
+        group.bench_function("inner", |b| {
+            b.iter_custom(|calls| Through::Inner.time(&runtime, 1, callers, calls));
+        });
+        for through in [Through::Pool, Through::Balance, Through::BufferBalance] {
+            if through == Through::Balance && callers > 1 {
+                continue;
+            }
+            for endpoints in ENDPOINTS {
+                group.bench_function(BenchmarkId::new(through.name(), endpoints), |b| {
+                    b.iter_custom(|calls| through.time(&runtime, endpoints, callers, calls));
+                });
+            }
+        }
+        group.finish();
+    }
+}
+
+fn nowhere(c: &mut Criterion) {
+    let runtime = Threads::One.runtime();
+    c.bench_function("a call with no endpoint", |b| {
+        b.iter_custom(|calls| black_box(pools::time_nowhere(&runtime, calls)));
+    });
+}
+
+/// Not a time, so printed beside criterion's.
+fn allocations(_: &mut Criterion) {
+    let runtime = Threads::One.runtime();
+    for through in [
+        Through::Inner,
+        Through::Pool,
+        Through::Balance,
+        Through::BufferBalance,
+    ] {
+        let made = through.allocations(&runtime, 10);
+        println!("allocations a call, {}: {made:.2}", through.name());
+    }
+}
+
+criterion_group!(benches, overhead, nowhere, allocations);
+criterion_main!(benches);

@@ -1,0 +1,193 @@
+//! The pool and what a user would pick instead, over a service that does nothing.
+
+use std::{
+    convert::Infallible,
+    future::{Ready, ready},
+    hint::{black_box, spin_loop},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use switchboard::{Pool, pool::Plain};
+use tokio::{runtime::Runtime, task::JoinSet};
+use tower::{
+    Service, ServiceExt as _,
+    balance::p2c::Balance,
+    buffer::Buffer,
+    discover::ServiceList,
+    load::{CompleteOnResponse, PendingRequests},
+};
+
+use super::measure::allocations;
+
+/// Answers at once.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Inner;
+
+/// Which service the calls go through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Through {
+    /// The inner service itself: what all others add to.
+    Inner,
+    /// Our pool.
+    Pool,
+    /// Tower's `Balance`. It is no `Clone`: a caller must have it for itself.
+    Balance,
+    /// `Buffer` over `Balance`, which is what makes it one that can be shared.
+    BufferBalance,
+}
+
+impl Service<u64> for Inner {
+    type Response = u64;
+    type Error = Infallible;
+    type Future = Ready<Result<u64, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: u64) -> Self::Future {
+        ready(Ok(black_box(request)))
+    }
+}
+
+/// A pool over `endpoints` inner services, all of them ready.
+pub(crate) async fn pool(endpoints: usize) -> Pool<Inner, Plain> {
+    let list = ServiceList::new::<u64>(vec![Inner; endpoints]);
+    let mut pool = Pool::from_discover("inner", list).expect("it is made in a runtime");
+    for id in 0..endpoints {
+        let mut pinned = pool.to(id);
+        calls(&mut pinned, 1).await;
+    }
+    calls(&mut pool, 1000).await;
+    pool
+}
+
+type Measured = PendingRequests<Inner>;
+
+/// Power of two choices over calls in flight, as the pool does it.
+fn balance(endpoints: usize) -> Balance<ServiceList<Vec<Measured>>, u64> {
+    let measured = |_| PendingRequests::new(Inner, CompleteOnResponse::default());
+    let services = (0..endpoints).map(measured).collect();
+    Balance::new(ServiceList::new::<u64>(services))
+}
+
+// === impl Through ===
+
+impl Through {
+    /// How long `count` calls take each of `callers`, which all call at the same time.
+    ///
+    /// `callers` want as many threads of the runtime.
+    pub(crate) fn time(
+        self,
+        runtime: &Runtime,
+        endpoints: usize,
+        callers: usize,
+        count: u64,
+    ) -> Duration {
+        runtime.block_on(async {
+            match self {
+                Self::Inner => shared(Inner, callers, count).await,
+                Self::Pool => shared(pool(endpoints).await, callers, count).await,
+                Self::Balance => {
+                    assert_eq!(callers, 1, "Balance is not shared");
+                    let mut balance = balance(endpoints);
+                    calls(&mut balance, 1000).await;
+                    calls(&mut balance, count).await
+                }
+                Self::BufferBalance => {
+                    let mut buffer = Buffer::new(balance(endpoints), 1024);
+                    calls(&mut buffer, 1000).await;
+                    shared(buffer, callers, count).await
+                }
+            }
+        })
+    }
+
+    /// Allocations a call.
+    pub(crate) fn allocations(self, runtime: &Runtime, endpoints: usize) -> f64 {
+        const CALLS: u64 = 10_000;
+        let made = |count| {
+            allocations(|| {
+                self.time(runtime, endpoints, 1, count);
+            })
+        };
+        // What is allocated before and after the calls goes out with the first of these.
+        let (few, many) = (made(1), made(1 + CALLS));
+        many.saturating_sub(few) as f64 / CALLS as f64
+    }
+
+    /// How many calls take it some 5 ms.
+    pub(crate) const fn slice(self) -> u64 {
+        match self {
+            Self::Inner | Self::Pool => 150_000,
+            Self::Balance => 50_000,
+            Self::BufferBalance => 5_000,
+        }
+    }
+
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Inner => "inner",
+            Self::Pool => "pool",
+            Self::Balance => "Balance",
+            Self::BufferBalance => "Buffer(Balance)",
+        }
+    }
+}
+
+/// The time of the slowest of several tasks that each call a clone, all at the same time.
+async fn shared<S>(mut service: S, callers: usize, count: u64) -> Duration
+where
+    S: Service<u64, Future: Send, Error: std::fmt::Debug> + Clone + Send + 'static,
+{
+    if callers == 1 {
+        return calls(&mut service, count).await;
+    }
+    let waiting = Arc::new(AtomicUsize::new(callers));
+    let mut tasks = JoinSet::new();
+    for _ in 0..callers {
+        let (mut service, waiting) = (service.clone(), waiting.clone());
+        tasks.spawn(async move {
+            // Spinning: a thread that had to be woken would begin when the other is half done.
+            waiting.fetch_sub(1, Ordering::AcqRel);
+            while waiting.load(Ordering::Acquire) > 0 {
+                spin_loop();
+            }
+            calls(&mut service, count).await
+        });
+    }
+    let times = tasks.join_all().await;
+    times.into_iter().max().unwrap_or_default()
+}
+
+async fn calls<S>(service: &mut S, count: u64) -> Duration
+where
+    S: Service<u64, Error: std::fmt::Debug>,
+{
+    let began = Instant::now();
+    for i in 0..count {
+        let ready = service.ready().await.expect("it is ready");
+        black_box(ready.call(i).await).expect("it answers");
+    }
+    began.elapsed()
+}
+
+/// How long a call takes to fail that has nowhere to go.
+pub(crate) fn time_nowhere(runtime: &Runtime, count: u64) -> Duration {
+    runtime.block_on(async {
+        let list = ServiceList::new::<u64>(Vec::<Inner>::new());
+        let mut pool = Pool::<_, Plain>::from_discover("nobody", list).expect("in a runtime");
+        assert!(pool.ready().await.expect("always").call(0).await.is_err());
+        let began = Instant::now();
+        for i in 0..count {
+            let failed = pool.call(i).await;
+            assert!(black_box(failed).is_err());
+        }
+        began.elapsed()
+    })
+}

@@ -1,0 +1,137 @@
+//! Echo servers in a process of their own, so that the client's process is the client and nothing else.
+
+use std::{
+    env,
+    io::{self, BufRead as _, BufReader, Read as _},
+    net::SocketAddr,
+    pin::Pin,
+    process::{Child, Command, Stdio},
+    thread,
+};
+
+use futures_core::Stream;
+use tokio::{net::TcpListener, runtime, task::JoinSet};
+use tokio_stream::{StreamExt as _, wrappers::TcpListenerStream};
+use tonic::{Request, Response, Status, Streaming, transport::Server};
+
+use super::echo::{
+    EchoRequest, EchoResponse,
+    echo_server::{Echo, EchoServer},
+};
+
+/// How many servers a process that is started with it runs, instead of the bench.
+const ROLE: &str = "SWITCHBOARD_BENCH_SERVERS";
+
+/// A process with tonic servers, ended when this is dropped.
+pub(crate) struct Servers {
+    process: Child,
+    addresses: Vec<SocketAddr>,
+}
+
+impl Servers {
+    /// Starts this very program anew, as `count` servers on free ports, and waits until they listen.
+    pub(crate) fn start(count: usize) -> Self {
+        let mut process = Command::new(env::current_exe().expect("this program has a path"))
+            .env(ROLE, count.to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the servers' process starts");
+        let out = process.stdout.take().expect("stdout is piped");
+        let addresses = BufReader::new(out)
+            .lines()
+            .take(count)
+            .map(|line| {
+                let line = line.expect("the servers say where they listen");
+                line.parse().expect("a line is an address")
+            })
+            .collect();
+        Self { process, addresses }
+    }
+
+    /// Their process, to be told where to run. Its main thread is all of it but one that sleeps.
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// The first `count` of them.
+    pub(crate) fn addresses(&self, count: usize) -> &[SocketAddr] {
+        &self.addresses[..count]
+    }
+}
+
+impl Drop for Servers {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// First in a bench's `main`: in a process that was started as servers, runs them and does not return.
+pub(crate) fn run_if_asked() {
+    let Ok(count) = env::var(ROLE) else {
+        return;
+    };
+    let count = count.parse().expect("a number of servers");
+    // A parent that is gone, in whatever way, has closed our stdin.
+    thread::spawn(|| {
+        let _ = io::stdin().read(&mut [0]);
+        std::process::exit(0);
+    });
+    // One thread: servers on all cores would take from the client what it needs to be measured.
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    runtime.block_on(serve(count));
+    std::process::exit(0);
+}
+
+async fn serve(count: usize) {
+    let mut servers = JoinSet::new();
+    for _ in 0..count {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        println!("{}", listener.local_addr().expect("its address"));
+        let server = Server::builder().add_service(EchoServer::new(Answering));
+        servers.spawn(async move {
+            // As tonic's own listener does.
+            let incoming = TcpListenerStream::new(listener)
+                .map(|accepted| accepted.inspect(|stream| drop(stream.set_nodelay(true))));
+            server.serve_with_incoming(incoming).await
+        });
+    }
+    while servers.join_next().await.is_some() {}
+}
+
+/// Answers unary calls with their payload; the benches make no others.
+struct Answering;
+
+type Answers = Pin<Box<dyn Stream<Item = Result<EchoResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Echo for Answering {
+    type DownloadStream = Answers;
+    type ChatStream = Answers;
+
+    async fn unary(&self, request: Request<EchoRequest>) -> Result<Response<EchoResponse>, Status> {
+        Ok(Response::new(EchoResponse {
+            payload: request.into_inner().payload,
+            ..EchoResponse::default()
+        }))
+    }
+
+    async fn upload(
+        &self,
+        _: Request<Streaming<EchoRequest>>,
+    ) -> Result<Response<EchoResponse>, Status> {
+        Err(Status::unimplemented("benches do not upload"))
+    }
+
+    async fn download(&self, _: Request<EchoRequest>) -> Result<Response<Answers>, Status> {
+        Err(Status::unimplemented("benches do not download"))
+    }
+
+    async fn chat(&self, _: Request<Streaming<EchoRequest>>) -> Result<Response<Answers>, Status> {
+        Err(Status::unimplemented("benches do not chat"))
+    }
+}
