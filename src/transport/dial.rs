@@ -17,11 +17,16 @@ pub(super) async fn dial(address: &str) -> Result<TcpStream, Error> {
             .with_reason("the name was not resolved")
             .with_source(error)
     })?;
-    let mut left = in_turn(found.collect());
+    connect_to_any(found.collect()).await
+}
+
+/// Connects to the first of these that answers: each is tried once the one before it has failed, or has had
+/// its time.
+async fn connect_to_any(addresses: Vec<SocketAddr>) -> Result<TcpStream, Error> {
+    let mut left = in_turn(addresses);
     if left.is_empty() {
         return Err(Error::new(Kind::ConnectionLost).with_reason("the name has no address"));
     }
-
     let mut under_way = FuturesUnordered::new();
     let mut failed: Vec<(SocketAddr, io::Error)> = Vec::new();
     loop {
@@ -112,10 +117,55 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_name_with_a_dead_and_a_live_address_connects() {
-        // "localhost" is both ::1 and 127.0.0.1 where IPv6 is on; here only IPv4 listens.
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        dial(&format!("localhost:{port}")).await.unwrap();
+    async fn an_address_that_refuses_costs_no_time_and_one_that_is_silent_its_head_start() {
+        let live = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let live = live.local_addr().unwrap();
+        let refusing = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let refuses = refusing.local_addr().unwrap();
+        drop(refusing);
+        let began = time::Instant::now();
+        let stream = connect_to_any(vec![refuses, refuses, live]).await.unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), live);
+        assert!(stream.nodelay().unwrap());
+        assert!(began.elapsed() < STAGGER, "{:?}", began.elapsed());
+
+        // Its accept queue is full: it answers not even SYN.
+        let socket = || {
+            let (domain, kind) = (socket2::Domain::IPV4, socket2::Type::STREAM);
+            socket2::Socket::new(domain, kind, None).unwrap()
+        };
+        let listener = socket();
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        listener.bind(&any.into()).unwrap();
+        listener.listen(0).unwrap();
+        let silent = listener.local_addr().unwrap().as_socket().unwrap();
+        let _queue: Vec<_> = (0..4)
+            .map(|_| {
+                let socket = socket();
+                socket.set_nonblocking(true).unwrap();
+                let _ = socket.connect(&silent.into());
+                socket
+            })
+            .collect();
+        let began = time::Instant::now();
+        let stream = connect_to_any(vec![silent, live]).await.unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), live);
+        let took = began.elapsed();
+        assert!(took >= STAGGER && took < 4 * STAGGER, "{took:?}");
+    }
+
+    #[tokio::test]
+    async fn when_all_fail_each_is_named() {
+        let closed = || {
+            let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            listener.local_addr().unwrap()
+        };
+        let (one, two) = (closed(), closed());
+        let error = connect_to_any(vec![one, two]).await.unwrap_err();
+        let expected =
+            format!("all 2 addresses failed: {one} connection refused, {two} connection refused");
+        assert_eq!(error.reason(), Some(expected));
+        let error = connect_to_any(Vec::new()).await.unwrap_err();
+        assert!(error.to_string().contains("no address"), "{error}");
     }
 }
