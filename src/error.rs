@@ -316,7 +316,7 @@ impl Error {
             }
             #[cfg(feature = "transport")]
             if let Some(error) = error.downcast_ref::<h2::Error>() {
-                return error.reason().map(crate::transport::code_of_reset);
+                return error.reason().map(code_of_reset);
             }
             next = error.source();
         }
@@ -533,6 +533,27 @@ impl fmt::Display for Peer {
             write!(f, " at {}", self.address)?;
         }
         Ok(())
+    }
+}
+
+/// The gRPC code of a stream reset, after
+/// [PROTOCOL-HTTP2.md](https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md#errors).
+#[cfg(feature = "transport")]
+fn code_of_reset(reason: h2::Reason) -> Code {
+    match reason {
+        h2::Reason::NO_ERROR
+        | h2::Reason::PROTOCOL_ERROR
+        | h2::Reason::INTERNAL_ERROR
+        | h2::Reason::FLOW_CONTROL_ERROR
+        | h2::Reason::SETTINGS_TIMEOUT
+        | h2::Reason::FRAME_SIZE_ERROR
+        | h2::Reason::COMPRESSION_ERROR
+        | h2::Reason::CONNECT_ERROR => Code::Internal,
+        h2::Reason::REFUSED_STREAM => Code::Unavailable,
+        h2::Reason::CANCEL => Code::Cancelled,
+        h2::Reason::ENHANCE_YOUR_CALM => Code::ResourceExhausted,
+        h2::Reason::INADEQUATE_SECURITY => Code::PermissionDenied,
+        _ => Code::Unknown,
     }
 }
 

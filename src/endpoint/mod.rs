@@ -5,6 +5,7 @@
 
 mod connect;
 pub(crate) mod load;
+pub(crate) mod ready;
 pub(crate) mod task;
 
 pub(crate) use connect::Dialing;

@@ -12,11 +12,8 @@ use tokio::{
     time,
 };
 
-use super::{Connect, Connected, Dialing, Lifeline, Target};
-use crate::{
-    error::{BoxError, Error, Kind, SharedError},
-    pool::snapshot::Ready,
-};
+use super::{Connect, Connected, Dialing, Lifeline, Target, ready::Ready};
+use crate::error::{BoxError, Error, Kind, SharedError};
 
 /// What an endpoint tells its driver.
 #[derive(Debug)]

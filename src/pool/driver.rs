@@ -21,12 +21,13 @@ use tokio::{
 
 use super::{
     service::Shared,
-    snapshot::{Entry, Phase, Ready, Resolution, Snapshot, Stale, State},
+    snapshot::{Entry, Phase, Resolution, Snapshot, Stale, State},
 };
 use crate::{
     discover::{Change, Update},
     endpoint::{
         Connect, Target,
+        ready::Ready,
         task::{Command, Endpoint, Event},
     },
     error::{BoxError, Kind, SharedError},

@@ -278,7 +278,7 @@ impl Handle {
     }
 
     /// Whether the driver runs: neither was it stopped, nor has its runtime ended.
-    #[cfg(feature = "registry")]
+    #[cfg(any(feature = "manager", feature = "etcd"))]
     pub(crate) fn is_running(&self) -> bool {
         self.ended.has_changed().is_ok()
     }

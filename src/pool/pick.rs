@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::snapshot::{Ready, Snapshot};
+use super::snapshot::Snapshot;
+use crate::endpoint::ready::Ready;
 
 /// The less loaded of two that chance picks: the power of two choices.
 ///

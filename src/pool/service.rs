@@ -135,7 +135,7 @@ impl<S, P> Pool<S, P> {
     }
 
     /// Whether it can still serve: neither was it stopped, nor has its runtime ended.
-    #[cfg(feature = "registry")]
+    #[cfg(any(feature = "manager", feature = "etcd"))]
     pub(crate) fn is_running(&self) -> bool {
         self.inner.driver.is_running()
     }

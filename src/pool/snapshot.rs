@@ -2,14 +2,9 @@
 
 use std::{
     fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::{Instant, SystemTime},
 };
-
-use tokio::sync::Notify;
 
 use super::{
     chunked::{ChunkedVec, IdMap},
@@ -17,8 +12,8 @@ use super::{
     protocol::Instance,
 };
 use crate::{
-    endpoint::{Target, load::Load},
-    error::{Error, Kind, Peer, STOPPING, SharedError, Trouble},
+    endpoint::{Target, ready::Ready},
+    error::{Error, Kind, STOPPING, SharedError, Trouble},
 };
 
 /// One role's endpoints at one moment.
@@ -50,17 +45,6 @@ pub(crate) enum Resolution {
 pub(crate) struct Stale {
     pub(crate) since: SystemTime,
     pub(crate) why: SharedError,
-}
-
-/// An endpoint that is connected: one for each connection that it has in its life.
-pub(crate) struct Ready<S> {
-    pub(crate) service: S,
-    pub(crate) load: Load<Peer>,
-    pub(crate) key: u64,
-    // Set by the first call that finds the service done for. Later picks pass it by at once, without
-    // waiting for the driver: a dead peer has no load, and would attract them all.
-    down: AtomicBool,
-    went_down: Notify,
 }
 
 /// What is known of one endpoint; replaced at each change of its state.
@@ -154,37 +138,6 @@ impl<S> Clone for Snapshot<S> {
     }
 }
 
-// === impl Ready ===
-
-impl<S> Ready<S> {
-    pub(crate) fn new(service: S, peer: &Peer, key: u64) -> Self {
-        Self {
-            service,
-            load: Load::new(peer.clone()),
-            key,
-            down: AtomicBool::new(false),
-            went_down: Notify::new(),
-        }
-    }
-
-    /// Whether a call has found it done for. Relaxed: a pick that just misses it finds out for itself.
-    pub(crate) fn is_down(&self) -> bool {
-        self.down.load(Ordering::Relaxed)
-    }
-
-    /// Takes it out of the picks, and lets its endpoint know.
-    pub(crate) fn mark_down(&self) {
-        if !self.down.swap(true, Ordering::Relaxed) {
-            // Keeps a permit if nobody waits yet, so the endpoint cannot miss it.
-            self.went_down.notify_one();
-        }
-    }
-
-    pub(crate) async fn went_down(&self) {
-        self.went_down.notified().await;
-    }
-}
-
 // === impl Entry ===
 
 impl<S> Entry<S> {
@@ -251,14 +204,5 @@ impl<S> fmt::Debug for Snapshot<S> {
             .field("connecting", &self.connecting)
             .field("resolution", &self.resolution)
             .finish()
-    }
-}
-
-impl<S> fmt::Debug for Ready<S> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Ready")
-            .field("load", &self.load)
-            .field("down", &self.is_down())
-            .finish_non_exhaustive()
     }
 }

@@ -16,9 +16,12 @@ use tower_service::Service;
 use super::{
     protocol::{Call, Instance},
     service::{Inner, Shared},
-    snapshot::{Phase, Ready, Resolution, Snapshot},
+    snapshot::{Phase, Resolution, Snapshot},
 };
-use crate::error::{BoxError, Error, Kind, Sent};
+use crate::{
+    endpoint::ready::Ready,
+    error::{BoxError, Error, Kind},
+};
 
 /// How many endpoints that are not ready for a call it waits for at a time.
 const CANDIDATES: usize = 4;
@@ -74,7 +77,7 @@ impl<S, Req> Slow<S, Req> {
     pub(super) fn explain(&self, error: Error) -> Error {
         error
             .with_role(&self.inner.shared.role)
-            .with_sent(Sent::Unsent)
+            .with_sent(crate::Sent::Unsent)
             .with_source(self.waited())
     }
 

@@ -19,7 +19,6 @@ mod resets;
 use std::time::Duration;
 
 use http::{HeaderValue, uri::Authority};
-use tonic::Code;
 
 pub use self::{body::Body, connection::Connection, request::ResponseFuture};
 use crate::{
@@ -192,25 +191,5 @@ impl<T: Target> Connect<T> for Connector {
             let lifeline = connection.lifeline();
             Ok(Connected::new(connection).with_lifeline(lifeline))
         })
-    }
-}
-
-/// The gRPC code of a stream reset, after
-/// [PROTOCOL-HTTP2.md](https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md#errors).
-pub(crate) fn code_of_reset(reason: h2::Reason) -> Code {
-    match reason {
-        h2::Reason::NO_ERROR
-        | h2::Reason::PROTOCOL_ERROR
-        | h2::Reason::INTERNAL_ERROR
-        | h2::Reason::FLOW_CONTROL_ERROR
-        | h2::Reason::SETTINGS_TIMEOUT
-        | h2::Reason::FRAME_SIZE_ERROR
-        | h2::Reason::COMPRESSION_ERROR
-        | h2::Reason::CONNECT_ERROR => Code::Internal,
-        h2::Reason::REFUSED_STREAM => Code::Unavailable,
-        h2::Reason::CANCEL => Code::Cancelled,
-        h2::Reason::ENHANCE_YOUR_CALM => Code::ResourceExhausted,
-        h2::Reason::INADEQUATE_SECURITY => Code::PermissionDenied,
-        _ => Code::Unknown,
     }
 }
