@@ -2,7 +2,10 @@
 
 use std::{fmt, sync::Arc};
 
-use super::{Codec, Session};
+use super::{
+    Session,
+    codec::{self, Codec},
+};
 use crate::{
     endpoint::BoxFuture,
     error::{Error, Kind},
@@ -145,7 +148,7 @@ impl fmt::Debug for Registration {
 /// The error of a session whose key is held by the record with this value.
 pub(crate) fn held_by(codec: &dyn Codec, root: &str, session: &Session, value: &[u8]) -> Error {
     let key = codec.key(root, session);
-    let holder = match codec.decode(root, session.role(), &key, value) {
+    let holder = match codec::decode(codec, root, session.role(), &key, value) {
         Ok(holder) => {
             let version = match holder.version() {
                 "" => String::new(),
