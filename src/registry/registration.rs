@@ -67,11 +67,30 @@ impl Registration {
     }
 
     /// Changes what the session says; its role and its id stay. Those who know it hear of it, and their
-    /// connections stay.
+    /// connections stay, unless it is the address that changes.
+    ///
+    /// With another address it is the same instance, of the same generation, that has moved. Those who are
+    /// connected to the old address give it no new calls, let the calls in flight there finish within their
+    /// drain bound, and dial the new one. So listen at the new address first, and at the old for as long as its
+    /// calls take. The id stays what it was, even where it was the old address by default:
+    ///
+    /// ```
+    /// # use switchboard::{MemoryRegistry, Session};
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), switchboard::Error> {
+    /// # let registry = MemoryRegistry::new();
+    /// let mut registration = registry.register(Session::new("echo", "10.0.0.5:21123")).await?;
+    /// let moved = |session: Session| Session::new(session.role(), "10.0.0.6:21123").with_id(session.id());
+    /// registration.update(moved).await?;
+    /// assert_eq!(registration.session().id(), "10.0.0.5:21123");
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
-    /// [`Kind::Invalid`] if the changed session cannot work, or has another role or id;
+    /// [`Kind::Invalid`] if the changed session cannot work, or has another role or id, or, with a registry that
+    /// does I/O, outside a tokio runtime;
     /// [`Kind::RegistryUnreachable`] if the registry does not answer; [`Kind::SessionDeleted`] if the record is no
     /// longer there, or no longer this session's.
     ///
