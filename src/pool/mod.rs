@@ -269,6 +269,12 @@ impl Handle {
         &self.runtime
     }
 
+    /// Whether its driver is there still: it ends when it is stopped, and with its runtime.
+    #[cfg(feature = "etcd")]
+    pub(crate) fn is_running(&self) -> bool {
+        self.ended.has_changed().is_ok()
+    }
+
     pub(crate) async fn stop(&self) {
         self.stop.send_replace(true);
         let mut ended = self.ended.clone();

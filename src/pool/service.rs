@@ -158,6 +158,12 @@ impl<S, P> Pool<S, P> {
         self.inner.driver.stop().await;
     }
 
+    /// Whether its driver is there still: it ends when it is stopped, and with its runtime.
+    #[cfg(feature = "etcd")]
+    pub(crate) fn is_running(&self) -> bool {
+        self.inner.driver.is_running()
+    }
+
     pub(crate) fn role_arc(&self) -> Arc<str> {
         self.inner.shared.role.clone()
     }
