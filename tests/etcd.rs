@@ -5,19 +5,26 @@
 mod support;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use futures_util::StreamExt as _;
-use support::etcd::Etcd;
+use futures_util::{FutureExt as _, StreamExt as _};
+use support::{
+    etcd::Etcd,
+    eventually, eventually_async,
+    server::pb::{EchoRequest, echo_client::EchoClient},
+};
 use switchboard::{
-    EtcdRegistry, Kind, Registry as _, Session,
+    ConnectionManager, Error, EtcdRegistry, Kind, Registry as _, Session,
     discover::{Change, Key, Member, Skipped, Update, Updates},
     endpoint::Target as _,
 };
-use tokio::time::{sleep, timeout};
+use tokio::{
+    runtime::{self, Runtime},
+    time::{sleep, timeout},
+};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -88,6 +95,32 @@ async fn registry(etcd: &Etcd) -> EtcdRegistry {
 
 fn value(address: &str) -> String {
     format!(r#"{{"Op":0,"Addr":"{address}","Metadata":null}}"#)
+}
+
+/// A runtime of one's own, to end when the test says so.
+fn runtime() -> Runtime {
+    let mut builder = runtime::Builder::new_multi_thread();
+    let built = builder.worker_threads(1).enable_all().build();
+    built.expect("a runtime")
+}
+
+/// How many sockets of this process are connected to this port. etcd itself has one to its own.
+#[cfg(target_os = "linux")]
+fn connections_to(address: &str) -> usize {
+    let (_, port) = address.rsplit_once(':').expect("host:port");
+    let port: u16 = port.parse().expect("a port");
+    let fds = std::fs::read_dir("/proc/self/fd").expect("our files");
+    let ours: HashSet<_> = fds
+        .filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok())
+        .map(|link| link.to_string_lossy().into_owned())
+        .collect();
+    let table = std::fs::read_to_string("/proc/self/net/tcp").expect("a table of sockets");
+    let is_one = |line: &&str| {
+        let columns: Vec<_> = line.split_whitespace().collect();
+        columns[2].ends_with(&format!(":{port:04X}"))
+            && ours.contains(&format!("socket:[{}]", columns[9]))
+    };
+    table.lines().skip(1).filter(is_one).count()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -373,6 +406,107 @@ async fn a_registration_whose_lease_ran_out_comes_back() {
         None,
         "nobody writes it again"
     );
+}
+
+#[test]
+fn a_registry_goes_on_when_the_runtime_of_its_first_use_has_ended() {
+    // Given a registry that was first used on one runtime, and a discovery on another
+    let (first, second) = (runtime(), runtime());
+    let (etcd, registry) = second.block_on(async {
+        let etcd = Etcd::start().await;
+        let registry = registry(&etcd).await;
+        (etcd, registry)
+    });
+    first.block_on(async {
+        let registered = registry.register(Session::new("echo", "h:1")).await;
+        let registration = registered.expect("it is free");
+        registration.deregister().await.expect("etcd answers");
+    });
+    let mut view = View::of(&registry, "echo");
+    second.block_on(view.until(5 * SECOND, "the first list", |v| v.synced == 1));
+
+    // When the first runtime ends
+    drop(first);
+
+    // Then the registry takes another session, and the discovery hears of it
+    second.block_on(async {
+        let registered = registry.register(Session::new("echo", "h:2")).await;
+        let registration = registered.expect("the registry goes on");
+        view.until(10 * SECOND, "the session comes", |v| v.has(&["h:2"]))
+            .await;
+        registration.deregister().await.expect("etcd answers");
+        view.until(SECOND, "it goes", |v| v.has(&[])).await;
+    });
+    drop(etcd);
+}
+
+#[test]
+fn a_registration_that_is_used_outside_its_runtime_says_so_and_is_removed_when_dropped() {
+    // Given a registration that was made on a runtime
+    let runtime = runtime();
+    let (etcd, mut registration) = runtime.block_on(async {
+        let etcd = Etcd::start().await;
+        let registry = registry(&etcd).await;
+        let registered = registry.register(Session::new("echo", "h:1")).await;
+        (etcd, registered.expect("it is free"))
+    });
+
+    // When it is updated outside of any
+    let updated = registration.update(|s| s.with_version("2")).now_or_never();
+
+    // Then that is an error
+    let error = updated
+        .expect("it is refused at once")
+        .expect_err("there is no runtime");
+    assert_eq!(error.kind(), Kind::Invalid, "{error}");
+    assert_eq!(registration.session().version(), "");
+
+    // When it is dropped there
+    drop(registration);
+
+    // Then its record goes
+    runtime.block_on(eventually_async("the record goes", async || {
+        etcd.get("demo/echo/h:1").await.is_none()
+    }));
+    drop(etcd);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_tasks_and_sockets_are_gone_with_the_last_handle() {
+    let alive = || runtime::Handle::current().metrics().num_alive_tasks();
+    let etcd = Etcd::start().await;
+    eventually("the test's own clients are gone", || alive() == 0).await;
+
+    // Given a registry that is used in every way
+    let registry = registry(&etcd).await;
+    let mut view = View::of(&registry, "echo");
+    let register = |address| registry.register(Session::new("echo", address));
+    let ended = register("ended:1").await.expect("it is free");
+    let dropped = register("dropped:1").await.expect("it is free");
+    view.until(5 * SECOND, "both", |v| v.has(&["dropped:1", "ended:1"]))
+        .await;
+    let manager = ConnectionManager::builder(registry.clone()).build();
+    let channel = manager.channel("nobody");
+    let mut client = EchoClient::new(channel.clone());
+    let called = client.unary(EchoRequest::default()).await;
+    let status = called.expect_err("there is nobody");
+    let kind = Error::of(&status).map(Error::kind);
+    assert_eq!(kind, Some(Kind::NoSession), "{status}");
+    assert!(alive() > 0);
+    #[cfg(target_os = "linux")]
+    assert!(connections_to(&etcd.address()) > 0);
+
+    // When all handles are given up
+    ended.deregister().await.expect("etcd answers");
+    drop((client, channel, manager));
+    drop(view);
+    drop(registry);
+    drop(dropped);
+
+    // Then nothing of it is left
+    eventually("no task is left", || alive() == 0).await;
+    #[cfg(target_os = "linux")]
+    eventually("no socket is left", || connections_to(&etcd.address()) == 0).await;
 }
 
 /// Scenario 19.

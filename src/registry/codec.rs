@@ -1,6 +1,11 @@
 //! How a session stands in a registry: its key and its value.
 
-use std::{borrow::Cow, collections::BTreeMap, fmt};
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    fmt,
+    panic::{self, AssertUnwindSafe},
+};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -31,7 +36,8 @@ pub trait Codec: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// [`BadRecord`]: it will be skipped, counted, and named in a warning.
+    /// [`BadRecord`]: it will be skipped, counted, and named in a warning. A panic is taken for
+    /// [`BadRecord::Panicked`].
     fn decode(&self, root: &str, role: &str, key: &str, value: &[u8])
     -> Result<Session, BadRecord>;
 }
@@ -57,6 +63,8 @@ pub enum BadRecord {
     NoAddress,
     /// What it says cannot work: see [`Session::validate`].
     Invalid(Error),
+    /// The codec panicked over it, with this message if it is known.
+    Panicked(Cow<'static, str>),
 }
 
 /// The naming format of etcd, as grpc-go's etcd resolver reads and writes it.
@@ -96,11 +104,33 @@ impl fmt::Display for BadRecord {
             Self::Deleted => f.write_str("the value says that it is deleted (Op 1)"),
             Self::NoAddress => f.write_str("the value has no address"),
             Self::Invalid(error) => error.fmt(f),
+            Self::Panicked(message) if message.is_empty() => {
+                f.write_str("the codec panicked over it")
+            }
+            Self::Panicked(message) => write!(f, "the codec panicked over it: {message}"),
         }
     }
 }
 
 impl std::error::Error for BadRecord {}
+
+/// Decodes with a codec that may be anybody's: its panic costs the record and no more.
+pub(crate) fn decode(
+    codec: &dyn Codec,
+    root: &str,
+    role: &str,
+    key: &str,
+    value: &[u8],
+) -> Result<Session, BadRecord> {
+    let decoded = panic::catch_unwind(AssertUnwindSafe(|| codec.decode(root, role, key, value)));
+    decoded.unwrap_or_else(|payload| {
+        let message = match payload.downcast::<String>() {
+            Ok(message) => Cow::Owned(*message),
+            Err(payload) => Cow::Borrowed(payload.downcast_ref::<&str>().copied().unwrap_or("")),
+        };
+        Err(BadRecord::Panicked(message))
+    })
+}
 
 // === impl Naming ===
 

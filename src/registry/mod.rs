@@ -4,7 +4,7 @@
 //! `etcd`) is etcd; [`Fixed`] is a list that never changes. All three are a [`Registry`]: something that tells
 //! what sessions a role has.
 
-mod codec;
+pub(crate) mod codec;
 #[cfg(feature = "etcd")]
 mod etcd;
 mod fixed;

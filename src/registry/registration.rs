@@ -2,7 +2,10 @@
 
 use std::{fmt, sync::Arc};
 
-use super::{Codec, Session};
+use super::{
+    Session,
+    codec::{self, Codec},
+};
 use crate::{
     endpoint::BoxFuture,
     error::{Error, Kind},
@@ -64,11 +67,30 @@ impl Registration {
     }
 
     /// Changes what the session says; its role and its id stay. Those who know it hear of it, and their
-    /// connections stay.
+    /// connections stay, unless it is the address that changes.
+    ///
+    /// With another address it is the same instance, of the same generation, that has moved. Those who are
+    /// connected to the old address give it no new calls, let the calls in flight there finish within their
+    /// drain bound, and dial the new one. So listen at the new address first, and at the old for as long as its
+    /// calls take. The id stays what it was, even where it was the old address by default:
+    ///
+    /// ```
+    /// # use switchboard::{MemoryRegistry, Session};
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), switchboard::Error> {
+    /// # let registry = MemoryRegistry::new();
+    /// let mut registration = registry.register(Session::new("echo", "10.0.0.5:21123")).await?;
+    /// let moved = |session: Session| Session::new(session.role(), "10.0.0.6:21123").with_id(session.id());
+    /// registration.update(moved).await?;
+    /// assert_eq!(registration.session().id(), "10.0.0.5:21123");
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
-    /// [`Kind::Invalid`] if the changed session cannot work, or has another role or id;
+    /// [`Kind::Invalid`] if the changed session cannot work, or has another role or id, or, with a registry that
+    /// does I/O, outside a tokio runtime;
     /// [`Kind::RegistryUnreachable`] if the registry does not answer; [`Kind::SessionDeleted`] if the record is no
     /// longer there, or no longer this session's.
     ///
@@ -145,7 +167,7 @@ impl fmt::Debug for Registration {
 /// The error of a session whose key is held by the record with this value.
 pub(crate) fn held_by(codec: &dyn Codec, root: &str, session: &Session, value: &[u8]) -> Error {
     let key = codec.key(root, session);
-    let holder = match codec.decode(root, session.role(), &key, value) {
+    let holder = match codec::decode(codec, root, session.role(), &key, value) {
         Ok(holder) => {
             let version = match holder.version() {
                 "" => String::new(),

@@ -74,7 +74,10 @@ impl Session {
         self
     }
 
-    /// The same with this share of the calls, against the weights of the others. Default 1; at least 1.
+    /// The same with this weight, which is to be its share of the calls against the weights of the others.
+    /// Default 1; at least 1.
+    ///
+    /// So far it is only written and read: balancing goes by the calls in flight and ignores it.
     #[must_use]
     pub fn with_weight(mut self, weight: u32) -> Self {
         self.weight = weight;
@@ -114,7 +117,7 @@ impl Session {
         &self.metadata
     }
 
-    /// Its share of the calls, at least 1.
+    /// Its weight, at least 1. Balancing ignores it so far: see [`Session::with_weight`].
     pub fn weight(&self) -> u32 {
         self.weight
     }

@@ -23,7 +23,8 @@ use crate::{
     Backoff,
     error::{BoxError, SharedError},
     registry::{
-        BadRecord, Codec,
+        BadRecord,
+        codec::{self, Codec},
         store::{Broken, Event, Listing, Record, Store, Watch},
     },
 };
@@ -214,7 +215,7 @@ impl Engine {
         let lossy = String::from_utf8_lossy(&record.key);
         let read = match std::str::from_utf8(&record.key) {
             Err(_) => Err(BadRecord::Key("it is not UTF-8".into())),
-            Ok(key) => codec.decode(root, role, key, &record.value),
+            Ok(key) => codec::decode(&**codec, root, role, key, &record.value),
         };
         let read = read.and_then(|session| {
             session.validate().map_err(BadRecord::Invalid)?;

@@ -299,6 +299,91 @@ async fn a_bad_record_costs_only_itself_and_is_counted_once() {
     assert_eq!((skipped.now(), skipped.total()), (1, 3));
 }
 
+/// [`Naming`], with a decoder that panics over some values.
+#[derive(Debug)]
+struct Panicky;
+
+impl Codec for Panicky {
+    fn prefix(&self, root: &str, role: &str) -> String {
+        Naming.prefix(root, role)
+    }
+
+    fn key(&self, root: &str, session: &Session) -> String {
+        Naming.key(root, session)
+    }
+
+    fn encode(&self, session: &Session) -> Result<Vec<u8>, crate::Error> {
+        Naming.encode(session)
+    }
+
+    fn decode(
+        &self,
+        root: &str,
+        role: &str,
+        key: &str,
+        value: &[u8],
+    ) -> Result<Session, BadRecord> {
+        match value {
+            b"plain" => panic!("a plain bug"),
+            b"formatted" => panic!("a bug over {key}"),
+            b"other" => std::panic::panic_any(42),
+            _ => Naming.decode(root, role, key, value),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_codec_that_panics_over_a_record_costs_only_that_record() {
+    // Given a codec that panics over three of the four records that are listed
+    let store = Arc::new(Scripted::default());
+    store.next_list(
+        10,
+        &[
+            raw("a", b"plain", 2, 2),
+            record(1, 3, 3),
+            raw("b", b"formatted", 4, 4),
+            raw("c", b"other", 5, 5),
+        ],
+    );
+    let watch = store.next_watch();
+    let discovery = Discovery::of_store(Settings {
+        codec: Arc::new(Panicky),
+        ..settings(store.clone())
+    });
+    let skipped = discovery.skipped();
+    let mut updates = discovery.updates();
+
+    // When the role is discovered
+    let first = heard(&mut updates).await;
+
+    // Then the fourth is there, and the three are counted
+    assert_eq!(first, ["+1@3", "synced"]);
+    assert_eq!((skipped.now(), skipped.total()), (3, 3));
+
+    // When the watch brings one more of either
+    let events = vec![
+        Event::Put(raw("d", b"plain", 11, 11)),
+        Event::Put(record(2, 12, 12)),
+    ];
+    watch.send(Ok(events)).unwrap();
+
+    // Then it is the same
+    assert_eq!(heard(&mut updates).await, ["+2@12"]);
+    assert_eq!((skipped.now(), skipped.total()), (4, 4));
+}
+
+#[test]
+fn the_panic_of_a_codec_is_in_the_words_of_the_bad_record() {
+    for (value, says) in [
+        ("plain", "the codec panicked over it: a plain bug"),
+        ("formatted", "the codec panicked over it: a bug over k"),
+        ("other", "the codec panicked over it"),
+    ] {
+        let decoded = codec::decode(&Panicky, "demo", "echo", "k", value.as_bytes());
+        assert_eq!(decoded.expect_err(says).to_string(), says);
+    }
+}
+
 /// What is known of the role from what was said, and whether it is up to date.
 #[derive(Default)]
 struct View {

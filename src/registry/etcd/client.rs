@@ -9,6 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::stream;
+use tokio::runtime;
 use tonic::{Code, Request, Response, Status, Streaming, metadata::MetadataValue};
 
 use super::pb::{
@@ -34,7 +35,8 @@ pub(super) const TIMEOUT: Duration = Duration::from_secs(5);
 /// The members of an etcd cluster, as a pool.
 pub(super) struct Client {
     members: Fixed,
-    // Made at first use: that needs a runtime, and making a registry does not.
+    // Made at first use: that needs a runtime, and making a registry does not. Made anew when its runtime
+    // has ended.
     pool: Mutex<Option<Pool<Connection>>>,
 }
 
@@ -209,8 +211,10 @@ impl Client {
     }
 
     fn made(&self) -> Result<Pool<Connection>, Error> {
+        // A request has a timer, so it needs a runtime even where the pool is made.
+        current_runtime("registry")?;
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pool) = &*pool {
+        if let Some(pool) = pool.as_ref().filter(|pool| pool.is_running()) {
             return Ok(pool.clone());
         }
         let ms = Duration::from_millis;
@@ -279,6 +283,12 @@ impl From<Failure> for Error {
         let error = Self::new(kind).with_reason(format!("etcd did not {what}"));
         error.with_source(status)
     }
+}
+
+/// The runtime that this is polled on; [`Kind::Invalid`] if there is none.
+pub(super) fn current_runtime(what: &'static str) -> Result<runtime::Handle, Error> {
+    runtime::Handle::try_current()
+        .map_err(|error| Error::invalid(what, "used outside a tokio runtime").with_source(error))
 }
 
 /// A member that has lost its cluster ends the stream instead of going quiet.

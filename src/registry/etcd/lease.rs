@@ -7,6 +7,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::future;
 use tokio::{runtime, task::AbortHandle, time};
 
 use super::{EtcdRegistry, client::Written};
@@ -170,20 +171,23 @@ impl Lease {
         }
     }
 
+    /// Revokes all leases that it has or may have, whatever becomes of each; the first error, if any.
     async fn revoke(&self) -> Result<(), Error> {
-        let leases = {
+        let EtcdRegistry {
+            client, timeout, ..
+        } = &self.registry;
+        // A renewal that was aborted is over when it has let go of this: it adds no lease after we looked.
+        // Its runtime may be asleep, and then we do not wait for ever.
+        let _writing = time::timeout(*timeout, self.writing.lock()).await;
+        let (live, doubtful) = {
             let state = self.state();
-            let mut leases = state.doubtful.clone();
-            leases.push(state.id);
-            leases
+            (state.id, state.doubtful.clone())
         };
-        for id in leases {
-            self.registry
-                .client
-                .revoke(id, self.registry.timeout)
-                .await?;
-        }
-        Ok(())
+        let live = client.revoke(live, *timeout).await;
+        // Together: however many they are, they take no longer than one.
+        let doubtful = doubtful.into_iter().map(|id| client.revoke(id, *timeout));
+        let doubtful = future::join_all(doubtful).await;
+        Ok(doubtful.into_iter().fold(live, Result::and)?)
     }
 
     /// Revokes, in the background, a lease that came to nothing.
@@ -225,6 +229,7 @@ impl Hold for Kept {
 
     fn release_in_background(self: Box<Self>) {
         let lease = self.lease.clone();
+        self.task.abort();
         self.runtime.spawn(async move {
             // If etcd does not answer, the session ends with its TTL.
             let _ = lease.revoke().await;
@@ -245,5 +250,88 @@ impl Drop for Kept {
 impl fmt::Debug for Kept {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.lease.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+    use tokio::{net::TcpListener, sync::mpsc};
+
+    use super::{super::pb, *};
+
+    /// The address of an etcd that revokes leases, but not these, and says which it is asked to.
+    async fn etcd_that_keeps(kept: &'static [i64]) -> (String, mpsc::UnboundedReceiver<i64>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("it has one").to_string();
+        let (asked, told) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            let (socket, _) = listener.accept().await.expect("it is dialled");
+            let mut connection = h2::server::handshake(socket).await.expect("HTTP/2");
+            while let Some(Ok((request, mut respond))) = connection.accept().await {
+                let asked = asked.clone();
+                tokio::spawn(async move {
+                    let mut body = request.into_body();
+                    let mut message = Vec::new();
+                    while let Some(Ok(data)) = body.data().await {
+                        message.extend_from_slice(&data);
+                    }
+                    let revoke = pb::LeaseRevokeRequest::decode(&message[5..]).expect("a revoke");
+                    let _ = asked.send(revoke.id);
+                    let kept = kept.contains(&revoke.id);
+                    let mut trailers = http::HeaderMap::new();
+                    let status = if kept { "14" } else { "0" };
+                    trailers.insert("grpc-status", status.parse().expect("a value"));
+                    let why = format!("lease {} stays", revoke.id);
+                    trailers.insert("grpc-message", why.parse().expect("a value"));
+                    let head = http::Response::builder().header("content-type", "application/grpc");
+                    let head = head.body(()).expect("a head");
+                    let mut answer = respond.send_response(head, false).expect("it listens");
+                    if !kept {
+                        let empty = Bytes::from_static(&[0; 5]);
+                        answer.send_data(empty, false).expect("it listens");
+                    }
+                    answer.send_trailers(trailers).expect("it listens");
+                });
+            }
+        });
+        (address, told)
+    }
+
+    #[tokio::test]
+    async fn all_leases_are_revoked_whichever_of_them_fail_and_the_first_error_is_told() {
+        for (kept, told) in [
+            (&[][..], None),
+            (&[2][..], Some("lease 2 stays")),
+            (&[3][..], Some("lease 3 stays")),
+            (&[1, 2, 3][..], Some("lease 1 stays")),
+        ] {
+            // Given a live lease, 1, two that are doubtful, and an etcd that fails to revoke some
+            let (address, mut asked) = etcd_that_keeps(kept).await;
+            let connecting = EtcdRegistry::connect([format!("http://{address}")], "demo");
+            let registry = connecting.await.expect("a good endpoint");
+            let session = Arc::new(Session::new("echo", "h:1"));
+            let lease = Lease::new(registry, Bytes::from_static(b"demo/echo/h:1"), session);
+            lease.state().id = 1;
+            lease.state().doubtful = vec![2, 3];
+
+            // When they are revoked
+            let revoked = lease.revoke().await;
+
+            // Then each was asked for, the live one first, and the first error is reported
+            let mut ids = [(); 3].map(|()| asked.try_recv().expect("three were asked for"));
+            assert_eq!(ids[0], 1, "{ids:?}");
+            ids.sort_unstable();
+            assert_eq!(ids, [1, 2, 3]);
+            assert!(asked.try_recv().is_err(), "each is asked for once");
+            match (revoked, told) {
+                (Ok(()), None) => {}
+                (Err(error), Some(told)) => {
+                    assert_eq!(error.kind(), Kind::RegistryUnreachable);
+                    assert!(error.to_string().contains(told), "{error}");
+                }
+                (revoked, told) => panic!("{revoked:?} instead of {told:?}"),
+            }
+        }
     }
 }

@@ -43,7 +43,8 @@ mod pb {
 ///
 /// Making one does no I/O, so it works with etcd away; discovery begins when etcd can be reached, and a
 /// registration fails until then. A clone is another handle on the same connections, which are made at first
-/// use, on the runtime of that use, and closed with the last handle.
+/// use, on the runtime of that use, and closed with the last handle. When that runtime has ended, the next use
+/// makes others on its own.
 ///
 /// Endpoints are the members of one cluster. TLS and authentication are not supported yet.
 ///
@@ -163,6 +164,7 @@ impl EtcdRegistry {
     ///
     /// When the future is dropped the session may be there nevertheless, until its TTL is over.
     pub async fn register(&self, session: Session) -> Result<Registration, Error> {
+        client::current_runtime("registry")?;
         session.validate()?;
         let key = Bytes::from(self.codec.key(&self.root, &session));
         let value = Bytes::from(self.codec.encode(&session)?);
@@ -274,6 +276,24 @@ mod tests {
         );
         assert!(registry.clone().with_timeout(Duration::ZERO).is_err());
         assert!(registry.discover("a/b").is_err());
+    }
+
+    #[test]
+    fn a_registration_outside_a_runtime_is_refused() {
+        // Given a registry that was made without a runtime
+        let registry = connect(&["http://127.0.0.1:1"], "demo").expect("good");
+
+        // When a session is registered outside of any
+        let registering = registry.register(Session::new("echo", "h:1"));
+        let registered = registering.now_or_never().expect("it is refused at once");
+
+        // Then that is an error that says so
+        let error = registered.expect_err("there is no runtime");
+        assert_eq!(error.kind(), Kind::Invalid);
+        assert!(
+            error.to_string().contains("outside a tokio runtime"),
+            "{error}"
+        );
     }
 
     #[tokio::test]
