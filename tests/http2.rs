@@ -114,6 +114,52 @@ async fn a_refused_stream_was_not_processed_and_hurts_no_other() {
     );
 }
 
+// A server that says so after it has answered has it wrong, and is not to be believed: a repetition could be
+// the second execution.
+#[tokio::test]
+async fn a_stream_refused_after_its_answer_began_may_have_been_processed() {
+    /// The caller has read what there is.
+    static READ: tokio::sync::Notify = tokio::sync::Notify::const_new();
+    let (address, connections) = fake(|stream, respond| {
+        let head = http::Response::builder()
+            .header("content-type", "application/grpc")
+            .body(())
+            .unwrap();
+        let mut answer = respond.send_response(head, false).unwrap();
+        // The first has headers only, the second a message too.
+        if stream > 0 {
+            answer
+                .send_data(Bytes::from_static(&[0; 5]), false)
+                .unwrap();
+        }
+        tokio::spawn(async move {
+            READ.notified().await;
+            answer.send_reset(Reason::REFUSED_STREAM);
+        });
+    })
+    .await;
+    let (_manager, channel) = channel_to(&address);
+    for messages in 0..2 {
+        let mut answers = EchoClient::new(channel.clone())
+            .download(EchoRequest::default())
+            .await
+            .unwrap()
+            .into_inner();
+        for _ in 0..messages {
+            answers.message().await.unwrap().expect("it has a message");
+        }
+        READ.notify_one();
+        let status = answers.message().await.unwrap_err();
+        let error = Error::of(&status).unwrap();
+        assert_eq!(
+            (error.kind(), error.sent()),
+            (Kind::Reset, Sent::Sent),
+            "after {messages} messages: {status}"
+        );
+    }
+    assert_eq!(connections.load(SeqCst), 1, "it was the stream's end alone");
+}
+
 #[tokio::test]
 async fn a_reset_has_grpcs_code_for_it_and_may_have_been_processed() {
     for (reason, code) in [

@@ -30,11 +30,12 @@ use tower::{Service, ServiceExt as _, discover::ServiceList, service_fn};
 
 // === the peers ===
 
-/// A target by name; `stopping` may change while it is registered.
+/// A target by name; `stopping` may change while it is registered, and a `bug` panics when it is asked.
 #[derive(Debug)]
 struct Node {
     peer: Arc<Peer>,
     stopping: bool,
+    bug: bool,
 }
 
 impl Target for Node {
@@ -43,6 +44,7 @@ impl Target for Node {
     }
 
     fn stopping(&self) -> bool {
+        assert!(!self.bug, "a bug of the user's");
         self.stopping
     }
 }
@@ -51,6 +53,7 @@ fn node(id: &str) -> Arc<Node> {
     Arc::new(Node {
         peer: Arc::new(Peer::new("echo", id, format!("{id}:1"))),
         stopping: false,
+        bug: false,
     })
 }
 
@@ -65,11 +68,13 @@ struct Named {
 struct Line {
     cut: CancellationToken,
     why: Mutex<Option<Kind>>,
+    bug: bool,
 }
 
 impl Lifeline for Line {
     fn closed(&self) -> BoxFuture<'_, Error> {
         Box::pin(async {
+            assert!(!self.bug, "a bug of the user's");
             self.cut.cancelled().await;
             Error::new(self.why.lock().unwrap().unwrap_or(Kind::ConnectionLost))
         })
@@ -123,6 +128,8 @@ enum Manner {
     Hang,
     Panic,
     HangUp,
+    /// Connects, with a lifeline that panics.
+    BadLine,
 }
 
 impl Net {
@@ -140,13 +147,16 @@ impl Net {
                     .unwrap()
                     .push((id.to_string(), born.elapsed()));
                 let manner = *net.manner.lock().unwrap();
-                let line = Arc::new(Line::default());
+                let line = Arc::new(Line {
+                    bug: manner == Manner::BadLine,
+                    ..Line::default()
+                });
                 match manner {
                     Manner::Refuse => return Err("connection refused".into()),
                     Manner::Panic => panic!("a bug of the user's"),
                     Manner::Hang => std::future::pending().await,
                     Manner::HangUp => line.close(Error::new(Kind::ConnectionLost)),
-                    Manner::Accept => {}
+                    Manner::Accept | Manner::BadLine => {}
                 }
                 net.lines
                     .lock()
@@ -190,7 +200,12 @@ fn pool_over(net: &Net, config: PoolConfig) -> (Pool<Named, Plain>, Updates) {
 }
 
 fn insert(updates: &Updates, node: Arc<Node>) {
-    let change = Change::Insert(node.peer.id.to_string(), node);
+    let id = node.peer.id.clone();
+    insert_at(updates, &id, node);
+}
+
+fn insert_at(updates: &Updates, key: &str, node: Arc<Node>) {
+    let change = Change::Insert(key.to_owned(), node);
     updates.send(Update::Change(change)).unwrap();
 }
 
@@ -261,8 +276,24 @@ async fn a_channel_of_tower_changes_drives_it_and_replaces_by_key() {
     time::timeout(Duration::from_secs(5), new)
         .await
         .expect("the new service takes over");
-    // An error is not the end.
+    // An error is not the end: what is known stays so, as stale, until the next change.
+    let discovery = || pool.status().discovery;
+    assert!(matches!(discovery(), Discovery::Fresh), "{}", pool.status());
     tx.send(Err("a hiccup".into())).unwrap();
+    let stale = async {
+        while !matches!(discovery(), Discovery::Stale { .. }) {
+            tokio::task::yield_now().await;
+        }
+    };
+    time::timeout(Duration::from_secs(5), stale)
+        .await
+        .expect("it says that it is stale");
+    assert!(
+        pool.status().to_string().contains("a hiccup"),
+        "{}",
+        pool.status()
+    );
+    assert_eq!(pool.clone().oneshot(()).await.unwrap(), "new");
     tx.send(Ok(Change::Remove("k"))).unwrap();
     let gone = async {
         while pool.clone().oneshot(()).await.is_ok() {
@@ -272,7 +303,50 @@ async fn a_channel_of_tower_changes_drives_it_and_replaces_by_key() {
     time::timeout(Duration::from_secs(5), gone)
         .await
         .expect("it is removed");
+    assert!(matches!(discovery(), Discovery::Fresh), "{}", pool.status());
     assert_eq!(pool.oneshot(()).await.unwrap_err().kind(), Kind::NoSession);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tower_discover_that_has_said_nothing_yet_is_waited_for() {
+    let double = service_fn(|n: u32| async move { Ok::<_, Infallible>(2 * n) });
+    let (tx, rx) = mpsc::unbounded_channel();
+    let pool = Pool::<_, Plain>::from_discover("double", UnboundedReceiverStream::new(rx)).unwrap();
+    let waiting = tokio::spawn(pool.clone().oneshot(21));
+    time::sleep(Duration::from_secs(5)).await;
+    assert!(!waiting.is_finished(), "silence was taken for nobody");
+    assert!(
+        matches!(pool.status().discovery, Discovery::Pending),
+        "{}",
+        pool.status()
+    );
+    tx.send(Ok::<_, BoxError>(Change::Insert("k", double)))
+        .unwrap();
+    assert_eq!(waiting.await.unwrap().unwrap(), 42);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tower_discover_is_stale_from_its_error_to_its_next_change() {
+    let double = service_fn(|n: u32| async move { Ok::<_, Infallible>(2 * n) });
+    let (tx, rx) = mpsc::unbounded_channel();
+    let pool = Pool::<_, Plain>::from_discover("double", UnboundedReceiverStream::new(rx)).unwrap();
+    tx.send(Ok(Change::Insert("a", double))).unwrap();
+    assert_eq!(pool.clone().oneshot(1).await.unwrap(), 2);
+    tx.send(Err(BoxError::from("dns is away"))).unwrap();
+    // However long it then says nothing: that is no sign that it is well.
+    time::sleep(Duration::from_secs(3600)).await;
+    let status = pool.status();
+    assert!(
+        matches!(status.discovery, Discovery::Stale { .. }),
+        "{status}"
+    );
+    assert!(status.to_string().contains("dns is away"), "{status}");
+    assert_eq!(pool.clone().oneshot(1).await.unwrap(), 2);
+    tx.send(Ok(Change::Insert("b", double))).unwrap();
+    time::sleep(Duration::from_millis(1)).await;
+    let status = pool.status();
+    assert!(matches!(status.discovery, Discovery::Fresh), "{status}");
+    assert_eq!(status.endpoints.len(), 2, "{status}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -351,6 +425,65 @@ async fn a_change_of_metadata_keeps_the_connection() {
     time::sleep(Duration::from_secs(1)).await;
     assert_eq!(net.attempts().len(), 1);
     assert_eq!(pool.status().endpoints[0].state, Connectivity::Ready);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_target_that_panics_is_skipped_and_hurts_no_other() {
+    let net = Net::default();
+    let (pool, updates) = pool_over(&net, steady());
+    let bug = Arc::new(Node {
+        peer: node("bug").peer.clone(),
+        stopping: false,
+        bug: true,
+    });
+    insert(&updates, node("a"));
+    insert(&updates, bug.clone());
+    insert(&updates, node("b"));
+    // Nor does one that was well take its place with it.
+    insert_at(&updates, "a", bug);
+    updates.send(Update::Synced).unwrap();
+    for id in ["a", "b"] {
+        until(&pool, id, Connectivity::Ready).await;
+        assert_eq!(&*pool.to(id).oneshot(0).await.unwrap(), id);
+    }
+    let status = pool.status();
+    assert_eq!(status.endpoints.len(), 2, "{status}");
+    let error = pool.to("bug").oneshot(0).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::UnknownPeer, "{error}");
+    // What it says later is heard.
+    remove(&updates, "a");
+    insert(&updates, node("c"));
+    until(&pool, "c", Connectivity::Ready).await;
+    assert_eq!(pool.status().endpoints.len(), 2, "{}", pool.status());
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_two_targets_with_one_id_the_one_that_stays_is_who_is_meant() {
+    for gone in ["k1", "k2"] {
+        let net = Net::default();
+        let (pool, updates) = pool_over(&net, steady());
+        for key in ["k1", "k2"] {
+            insert_at(&updates, key, node("7"));
+        }
+        updates.send(Update::Synced).unwrap();
+        until(&pool, "7", Connectivity::Ready).await;
+        remove(&updates, gone);
+        time::sleep(Duration::from_secs(1)).await;
+        let status = pool.status();
+        assert_eq!(status.endpoints.len(), 1, "without {gone}: {status}");
+        for pool in [pool.clone(), pool.to("7")] {
+            let answer = pool.oneshot(0).await;
+            assert_eq!(
+                answer.as_deref().ok(),
+                Some("7"),
+                "without {gone}: {answer:?}"
+            );
+        }
+        remove(&updates, if gone == "k1" { "k2" } else { "k1" });
+        time::sleep(Duration::from_secs(1)).await;
+        let error = pool.to("7").oneshot(0).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::UnknownPeer, "{error}");
+    }
 }
 
 // === waiting and failing ===
@@ -528,6 +661,27 @@ async fn a_connector_that_panics_has_failed_and_hurts_no_other() {
     until(&pool, "a", Connectivity::Ready).await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_lifeline_that_panics_is_dialled_again_with_backoff() {
+    let net = Net::default();
+    net.set(Manner::BadLine);
+    let (pool, updates) = pool_over(&net, steady());
+    insert(&updates, node("a"));
+    insert(&updates, node("b"));
+    time::sleep(Duration::from_secs(10)).await;
+    let attempts = net.attempts();
+    // Both, and neither in a busy loop.
+    assert!((4..=12).contains(&attempts.len()), "{attempts:?}");
+    net.set(Manner::Accept);
+    for id in ["a", "b"] {
+        until(&pool, id, Connectivity::Ready).await;
+    }
+    assert_eq!(&*pool.to("a").oneshot(0).await.unwrap(), "a");
+    // And its pool can be stopped still.
+    pool.stop().await;
+    assert!(updates.is_closed(), "the driver has let go of discovery");
+}
+
 // === going and coming ===
 
 #[tokio::test(start_paused = true)]
@@ -567,6 +721,7 @@ async fn a_stopping_session_gets_no_new_picks_and_finishes_its_calls() {
     let stopping = Node {
         peer: node("a").peer.clone(),
         stopping: true,
+        bug: false,
     };
     insert(&updates, Arc::new(stopping));
     until(&pool, "a", Connectivity::Stopping).await;
@@ -681,6 +836,57 @@ fn a_pool_cannot_be_made_outside_a_runtime_and_says_so() {
     assert!(
         error.to_string().contains("outside a tokio runtime"),
         "{error}"
+    );
+}
+
+#[test]
+fn a_pool_cannot_be_made_in_a_runtime_without_a_timer_and_says_so() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    let _entered = runtime.enter();
+    let list = ServiceList::new::<()>(vec![service_fn(|(): ()| async { Ok::<_, Infallible>(()) })]);
+    let error = Pool::<_, Plain>::from_discover("x", list).unwrap_err();
+    assert_eq!(error.kind(), Kind::Invalid);
+    assert!(error.to_string().contains("enable_time"), "{error}");
+}
+
+#[tokio::test]
+async fn a_pinned_pool_refuses_a_request_for_another_instance() {
+    let answers = |id: &'static str| {
+        service_fn(move |_: http::Request<()>| async move {
+            Ok::<_, Infallible>(http::Response::new(id.to_owned()))
+        })
+    };
+    let list = ServiceList::new::<http::Request<()>>(["zero", "one"].map(answers));
+    let pool: Pool<_> = Pool::from_discover("x", list).unwrap();
+    let request = |instance: Option<&str>| {
+        let mut request = http::Request::new(());
+        if let Some(id) = instance {
+            request.extensions_mut().insert(Instance::from(id));
+        }
+        request
+    };
+    for (pinned, asked, answer) in [
+        (None, Some("1"), "one"),
+        (Some("1"), None, "one"),
+        (Some("1"), Some("1"), "one"),
+    ] {
+        let pool = pinned.map_or(pool.clone(), |id: &str| pool.to(id));
+        let response = pool.oneshot(request(asked)).await.unwrap();
+        let body = http_body_util::BodyExt::collect(response.into_body());
+        assert_eq!(
+            body.await.unwrap().to_bytes(),
+            answer,
+            "{pinned:?} {asked:?}"
+        );
+    }
+    let error = pool.to("0").oneshot(request(Some("1"))).await.unwrap_err();
+    assert_eq!((error.kind(), error.sent()), (Kind::Invalid, Sent::Unsent));
+    let text = error.to_string();
+    assert!(
+        text.contains("asks for 1") && text.contains("pinned to 0"),
+        "{text}"
     );
 }
 

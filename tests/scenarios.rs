@@ -20,6 +20,7 @@ use support::{
         EchoServer,
         pb::{EchoRequest, echo_client::EchoClient},
     },
+    sockets_to, tasks,
 };
 use switchboard::{
     Backoff, Channel, ConnectionManager, Error, EtcdRegistry, Kind, Session, WaitForReady,
@@ -367,6 +368,15 @@ async fn a_dial_into_the_void_holds_up_neither_its_callers_nor_others() {
     let channel = manager.channel("echo");
     let server = EchoServer::start("well");
     let blackhole = Blackhole::new();
+    let _well = registry
+        .register(session("well", &server.address()))
+        .await
+        .unwrap();
+    eventually("the other", || {
+        state_of(&manager, "well") == Some(Connectivity::Ready)
+    })
+    .await;
+    let alone = percentile_99(&channel).await;
     let _void = registry
         .register(session("void", &blackhole.address()))
         .await
@@ -388,24 +398,25 @@ async fn a_dial_into_the_void_holds_up_neither_its_callers_nor_others() {
     assert_eq!(status.code(), Code::DeadlineExceeded);
     assert!(status.message().contains(&blackhole.address()), "{status}");
 
-    let _well = registry
-        .register(session("well", &server.address()))
-        .await
-        .unwrap();
-    eventually("the other", || {
-        state_of(&manager, "well") == Some(Connectivity::Ready)
-    })
-    .await;
-    let mut slowest = Duration::ZERO;
-    for _ in 0..200 {
-        let began = Instant::now();
-        assert_eq!(call(&channel, 0).await.unwrap(), "well");
-        slowest = slowest.max(began.elapsed());
-    }
+    let meanwhile = percentile_99(&channel).await;
+    assert_eq!(state_of(&manager, "void"), Some(Connectivity::Connecting));
+    println!("99 of 100 calls take at most {alone:?}, during the dial {meanwhile:?}");
     assert!(
-        slowest < Duration::from_millis(100),
-        "a call took {slowest:?}"
+        meanwhile < 3 * alone + Duration::from_millis(20),
+        "{alone:?} alone, {meanwhile:?} during the dial"
     );
+}
+
+/// How long calls take, but for the slowest of a hundred.
+async fn percentile_99(channel: &Channel) -> Duration {
+    let mut took = Vec::new();
+    for _ in 0..300 {
+        let began = Instant::now();
+        assert_eq!(call(channel, 0).await.unwrap(), "well");
+        took.push(began.elapsed());
+    }
+    took.sort_unstable();
+    took[took.len() * 99 / 100]
 }
 
 // Scenario 10, the first half; the registration's own part of it comes with the registrations.
@@ -530,6 +541,35 @@ async fn an_etcd_that_comes_last_is_waited_for_by_nobody_and_found_by_all() {
     for _ in 0..100 {
         assert_eq!(call(&channel, 0).await.unwrap(), "well");
     }
+}
+
+#[tokio::test]
+async fn a_managers_stop_lets_go_of_its_registry() {
+    let etcd = Etcd::start().await;
+    let server = EchoServer::start("a");
+    let port = etcd.address().rsplit(':').next().unwrap().parse().unwrap();
+    let record = format!(
+        r#"{{"Op":0,"Addr":"{}","Metadata":null}}"#,
+        server.address()
+    );
+    etcd.put("test/echo/7", record).await;
+    let all = || (tasks(), sockets_to(port));
+    eventually("only we are left", || all() == (0, 0)).await;
+
+    let manager = ConnectionManager::builder(registry(&etcd).await).build();
+    let channel = manager.channel("echo");
+    until_answered(&channel, "a", Instant::now()).await;
+    let during = all();
+    assert!(during.0 > 0 && during.1 > 0, "{during:?}");
+    manager.stop().await;
+    let stopped = Instant::now();
+    // The manager and its channel are held on to; what they held is not.
+    eventually("nothing is left", || all() == (0, 0)).await;
+    let took = stopped.elapsed();
+    println!("{during:?} tasks and sockets; gone {took:?} after the stop");
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    let status = call(&channel, 0).await.unwrap_err();
+    assert_eq!(status.code(), Code::Cancelled, "{status}");
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@
 mod support;
 
 use std::{
-    sync::atomic::Ordering::SeqCst,
+    sync::{Arc, atomic::Ordering::SeqCst},
     time::{Duration, Instant},
 };
 
@@ -255,10 +255,13 @@ async fn a_dropped_call_is_cancelled_at_the_server_and_gives_its_load_back() {
     answers.message().await.unwrap().unwrap();
     assert_eq!(in_flight(), 1);
     drop(answers);
+    let dropped = Instant::now();
     eventually("the server sees it", || {
         server.seen.cancelled.load(SeqCst) == 2
     })
     .await;
+    let took = dropped.elapsed();
+    assert!(took < Duration::from_millis(100), "a stream: {took:?}");
     assert_eq!(in_flight(), 0);
 
     // And so is an upload dropped before it was answered.
@@ -271,41 +274,351 @@ async fn a_dropped_call_is_cancelled_at_the_server_and_gives_its_load_back() {
     tx.send(message("one")).await.unwrap();
     eventually("it is there", || server.seen.started.load(SeqCst) == 4).await;
     call.abort();
+    let dropped = Instant::now();
     // hyper's server shows its handler a cancelled upload as one that has ended, so either will do.
     eventually("the server sees it", || {
         server.seen.cancelled.load(SeqCst) + server.seen.finished.load(SeqCst) == 4
     })
     .await;
+    let took = dropped.elapsed();
+    assert!(took < Duration::from_millis(100), "an upload: {took:?}");
     assert_eq!(in_flight(), 0);
     client.unary(message("still well")).await.unwrap();
 }
 
 #[tokio::test]
 async fn a_thousand_cancelled_calls_leave_the_connection_to_the_others() {
-    let server = EchoServer::start("a");
-    let (_manager, channel) = channel_to(&server.address());
+    let server = EchoServer::start_with(
+        "a",
+        Options {
+            max_streams: Some(150),
+            ..Options::default()
+        },
+    );
+    let (manager, channel) = channel_to(&server.address());
+    let in_flight = || manager.status().roles[0].endpoints[0].in_flight;
     let client = EchoClient::new(channel);
     client.clone().unary(message("warm")).await.unwrap();
     let patient = tokio::spawn({
         let mut client = client.clone();
         async move { client.unary(slow(1500)).await }
     });
-    for _ in 0..20 {
-        let calls: Vec<_> = (0..100)
-            .map(|_| {
-                let mut client = client.clone();
-                tokio::spawn(async move { client.unary(slow(5)).await })
-            })
-            .collect();
-        tokio::time::sleep(Duration::from_millis(5)).await;
+    let many = |count| -> Vec<_> {
+        let call = |_| {
+            let mut client = client.clone();
+            tokio::spawn(async move { client.unary(slow(60_000)).await })
+        };
+        (0..count).map(call).collect()
+    };
+    for round in 0..20 {
+        let calls = many(100);
+        // Cancelled wherever they are by then: waiting for a stream, on their way, or there.
+        tokio::time::sleep(Duration::from_millis(round % 6)).await;
         for call in calls {
             call.abort();
         }
     }
+    let aborted = Instant::now();
+    // All that came to the server are cancelled there; nothing else would end them within a minute.
+    let seen = &server.seen;
+    let cancelled = || seen.cancelled.load(SeqCst);
+    let there = || {
+        let over = cancelled() + seen.finished.load(SeqCst);
+        seen.started.load(SeqCst) - over
+    };
+    eventually("all cancels arrive", || there() <= 1).await;
+    let took = aborted.elapsed();
+    println!(
+        "{} of 2,000 came there, and were cancelled {took:?} after the last",
+        cancelled()
+    );
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert!(cancelled() > 100, "only {} came so far", cancelled());
     patient
         .await
         .unwrap()
         .expect("one call's fate is not another's");
+    assert_eq!((in_flight(), seen.finished.load(SeqCst)), (0, 2));
+    // And every stream can be had again.
+    let calls = many(150);
+    eventually("there is room for 150", || there() == 150).await;
+    for call in calls {
+        call.abort();
+    }
+    eventually("those are cancelled too", || there() == 0).await;
+    assert_eq!(in_flight(), 0);
+}
+
+#[tokio::test]
+async fn calls_cancelled_on_a_long_line_give_their_streams_back_soon_and_kill_no_other() {
+    let server = EchoServer::start_with(
+        "a",
+        Options {
+            max_streams: Some(201),
+            ..Options::default()
+        },
+    );
+    let proxy = Proxy::start(server.address).await;
+    let (manager, channel) = channel_to(&proxy.address());
+    let mut client = EchoClient::new(channel);
+    let in_flight = || manager.status().roles[0].endpoints[0].in_flight;
+    // The other call: it answers for as long as it is asked.
+    let (tx, rx) = tokio::sync::mpsc::channel(1);
+    let requests = tokio_stream::wrappers::ReceiverStream::new(rx);
+    let mut answers = client.chat(requests).await.unwrap().into_inner();
+    tx.send(message("before")).await.unwrap();
+    answers.message().await.unwrap().unwrap();
+
+    proxy.delay(Duration::from_millis(40));
+    let calls: Vec<_> = (0..200)
+        .map(|_| {
+            let mut client = client.clone();
+            tokio::spawn(async move { client.unary(slow(60_000)).await })
+        })
+        .collect();
+    eventually("all are there", || server.seen.started.load(SeqCst) == 201).await;
+    assert_eq!(in_flight(), 201);
+    for call in &calls {
+        call.abort();
+    }
+    let began = Instant::now();
+    // No stream is free but those of the cancelled.
+    client.unary(message("after")).await.unwrap();
+    let first = began.elapsed();
+    eventually("every cancel arrives", || {
+        server.seen.cancelled.load(SeqCst) == 200
+    })
+    .await;
+    let last = began.elapsed();
+    println!("a stream after {first:?}, all cancelled after {last:?}");
+    // Three rounds of 80 ms by themselves.
+    assert!(last < Duration::from_secs(1), "{first:?}, {last:?}");
+    assert_eq!(in_flight(), 1);
+    tx.send(message("still well")).await.unwrap();
+    let answer = answers.message().await.unwrap().unwrap();
+    assert_eq!(answer.message, "still well");
+    drop(tx);
+    assert!(answers.message().await.unwrap().is_none());
+    drop(answers);
+    assert_eq!(in_flight(), 0);
+    assert_eq!(proxy.accepted.load(SeqCst), 1, "one connection is enough");
+}
+
+#[tokio::test]
+async fn a_dropped_uploads_body_is_dropped_with_it_even_when_its_reset_waits() {
+    let server = EchoServer::start("a");
+    let proxy = Proxy::start(server.address).await;
+    let (_manager, channel) = channel_to(&proxy.address());
+    let client = EchoClient::new(channel);
+    let seen = server.seen.clone();
+    // More than are reset before the peer has shown that it keeps up.
+    let calls: Vec<_> = (0..40)
+        .map(|_| {
+            let mut client = client.clone();
+            tokio::spawn(async move { client.unary(slow(60_000)).await })
+        })
+        .collect();
+    let owned = Arc::new(());
+    let upload = tokio::spawn({
+        let (mut client, owned) = (client.clone(), owned.clone());
+        let requests =
+            tokio_stream::iter(0..1)
+                .chain(tokio_stream::pending())
+                .map(move |n: i32| {
+                    let _owned = &owned;
+                    message(&n.to_string())
+                });
+        async move { client.upload(requests).await }
+    });
+    eventually("all are there", || seen.started.load(SeqCst) == 41).await;
+    assert_eq!(Arc::strong_count(&owned), 2);
+
+    // From here on an answer takes two seconds.
+    proxy.delay(Duration::from_secs(1));
+    for call in calls {
+        call.abort();
+        let _ = call.await;
+    }
+    upload.abort();
+    let _ = upload.await;
+    let began = Instant::now();
+    eventually("the body is dropped", || Arc::strong_count(&owned) == 1).await;
+    let took = began.elapsed();
+    let (cancelled, finished) = (
+        || seen.cancelled.load(SeqCst),
+        || seen.finished.load(SeqCst),
+    );
+    assert!(took < Duration::from_millis(500), "it took {took:?}");
+    assert_eq!((cancelled(), finished()), (0, 0), "nothing is there yet");
+    // The server is told in the end. (hyper shows a handler a cancelled upload as one that has ended.)
+    eventually("every cancel arrives", || cancelled() + finished() == 41).await;
+    println!(
+        "the body after {took:?}, the server after {:?}",
+        began.elapsed()
+    );
+    assert!(
+        began.elapsed() > Duration::from_secs(2),
+        "its reset did not wait: {:?}",
+        began.elapsed()
+    );
+    assert_eq!(proxy.accepted.load(SeqCst), 1);
+}
+
+#[tokio::test]
+async fn a_peer_that_is_full_is_passed_by_while_another_has_room() {
+    let full = EchoServer::start_with(
+        "full",
+        Options {
+            max_streams: Some(1),
+            ..Options::default()
+        },
+    );
+    let roomy = EchoServer::start("roomy");
+    let sessions = [
+        Session::new("echo", full.address()).with_id("full"),
+        Session::new("echo", roomy.address()).with_id("roomy"),
+    ];
+    let manager = ConnectionManager::builder(Fixed::new(sessions).unwrap()).build();
+    let channel = manager.channel("echo");
+    let mut held = Vec::new();
+    // By its load alone, the full one would be the pick.
+    for (id, calls) in [("full", 1), ("roomy", 3)] {
+        let client = EchoClient::new(channel.to(id));
+        client.clone().unary(message("warm")).await.unwrap();
+        held.extend((0..calls).map(|_| {
+            let mut client = client.clone();
+            tokio::spawn(async move { client.unary(slow(60_000)).await })
+        }));
+    }
+    eventually("all are held", || {
+        full.seen.started.load(SeqCst) == 2 && roomy.seen.started.load(SeqCst) == 4
+    })
+    .await;
+    let began = Instant::now();
+    for n in 0..50 {
+        let mut request = Request::new(message("anybody"));
+        request.set_timeout(Duration::from_secs(5));
+        let answer = EchoClient::new(channel.clone()).unary(request).await;
+        let answer = answer.unwrap_or_else(|s| panic!("call {n}: {s}\n{}", manager.status()));
+        assert_eq!(answer.get_ref().server, "roomy");
+    }
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(2), "50 calls took {took:?}");
+    // Who asks for the full one waits for it.
+    let pinned = tokio::spawn({
+        let mut client = EchoClient::new(channel.to("full"));
+        async move { client.unary(message("you")).await }
+    });
+    held.swap_remove(0).abort();
+    let answer = pinned.await.unwrap().unwrap();
+    assert_eq!(answer.get_ref().server, "full");
+}
+
+#[tokio::test]
+async fn metadata_that_is_too_large_costs_only_its_own_call() {
+    let server = EchoServer::start("a");
+    let proxy = Proxy::start(server.address).await;
+    let (manager, channel) = channel_to(&proxy.address());
+    let mut client = EchoClient::new(channel);
+    client.unary(message("warm")).await.unwrap();
+    let others: Vec<_> = (0..10)
+        .map(|_| {
+            let mut client = client.clone();
+            tokio::spawn(async move { client.unary(slow(1000)).await })
+        })
+        .collect();
+    eventually("all are there", || server.seen.started.load(SeqCst) == 11).await;
+    let mut with = async |size: usize| {
+        let mut request = Request::new(message("large"));
+        let value = "x".repeat(size).parse().unwrap();
+        request.metadata_mut().insert("x-large", value);
+        client.unary(request).await.map(drop)
+    };
+    with(10_000).await.expect("that is not too large");
+    // More than this server takes, and less than we refuse: it says so, and to this call alone.
+    for size in [20_000, 60_000] {
+        let status = with(size).await.unwrap_err();
+        println!("{size} bytes: {status}");
+    }
+    for size in [66_000, 200_000, 1_000_000] {
+        let status = with(size).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{size}: {status}");
+        let error = Error::of(&status).unwrap();
+        assert_eq!(
+            (error.kind(), error.sent()),
+            (Kind::Invalid, Sent::Unsent),
+            "{size}: {status}"
+        );
+        assert!(status.message().contains("at most 65536"), "{status}");
+    }
+    for other in others {
+        other
+            .await
+            .unwrap()
+            .expect("another call's headers are its own");
+    }
+    assert_eq!(server.seen.started.load(SeqCst), 12);
+    assert_eq!(proxy.accepted.load(SeqCst), 1, "the connection is as good");
+    assert_eq!(manager.status().roles[0].endpoints[0].in_flight, 0);
+}
+
+#[test]
+fn a_body_that_outlives_its_runtime_ends_with_an_error() {
+    let server = EchoServer::start("a");
+    let (first, second) = (runtime(), runtime());
+    let (_manager, channel) = {
+        let _entered = first.enter();
+        channel_to(&server.address())
+    };
+    let bodies = [None, Some(Duration::from_secs(60))].map(|timeout| {
+        let mut request = Request::new(EchoRequest {
+            count: 1000,
+            ..slow(20)
+        });
+        if let Some(timeout) = timeout {
+            request.set_timeout(timeout);
+        }
+        second.block_on(async {
+            let mut client = EchoClient::new(channel.clone());
+            let mut answers = client.download(request).await.unwrap().into_inner();
+            answers.message().await.unwrap().expect("it is well");
+            (timeout, answers)
+        })
+    });
+    // A call, too, that has no answer yet.
+    let waiting = second.spawn({
+        let mut client = EchoClient::new(channel.clone());
+        async move { client.unary(slow(60_000)).await }
+    });
+    second.block_on(eventually("it is there", || {
+        server.seen.started.load(SeqCst) == 3
+    }));
+    first.shutdown_timeout(Duration::from_secs(5));
+    second.block_on(async {
+        for (timeout, mut answers) in bodies {
+            let status = loop {
+                match answers.message().await {
+                    Ok(answer) => drop(answer.expect("it does not end as if it were whole")),
+                    Err(status) => break status,
+                }
+            };
+            println!("timeout {timeout:?}: {status}");
+            let error = Error::of(&status).expect("ours");
+            assert_eq!(error.sent(), Sent::Sent, "timeout {timeout:?}: {status}");
+        }
+        let status = waiting.await.unwrap().unwrap_err();
+        println!("a call: {status}");
+        let status = EchoClient::new(channel).unary(message("x")).await;
+        assert_eq!(status.unwrap_err().code(), Code::Cancelled);
+    });
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap()
 }
 
 #[tokio::test]
@@ -489,15 +802,22 @@ async fn a_deadline_holds_while_connecting_calling_and_reading() {
     .await;
 }
 
+// What a machine makes of localhost is its own affair: one address, or also ::1, which refuses here. That
+// all of several are tried is tested over given lists, in `src/transport/dial.rs`.
 #[tokio::test]
-async fn a_name_that_resolves_to_several_addresses_is_dialled_at_all() {
+async fn a_peer_is_dialled_by_name() {
     let server = EchoServer::start("a");
-    // ::1 refuses, 127.0.0.1 answers.
-    let (_manager, channel) = channel_to(&format!("localhost:{}", server.address.port()));
-    EchoClient::new(channel)
-        .unary(message("by name"))
-        .await
-        .unwrap();
+    let name = format!("localhost:{}", server.address.port());
+    let addresses: Vec<_> = tokio::net::lookup_host(&name).await.unwrap().collect();
+    println!("{name} is {addresses:?}");
+    let (manager, channel) = channel_to(&name);
+    let answer = EchoClient::new(channel).unary(message("by name")).await;
+    assert_eq!(answer.unwrap().get_ref().server, "a");
+    let peer = manager.status().roles[0].endpoints[0].peer.clone();
+    assert_eq!(
+        *peer.address, name,
+        "it is called what it was registered as"
+    );
 }
 
 #[tokio::test]
