@@ -153,10 +153,16 @@ where
     for _ in 0..callers {
         let (mut service, waiting) = (service.clone(), waiting.clone());
         tasks.spawn(async move {
-            // Spinning: a thread that had to be woken would begin when the other is half done.
+            // Spinning: a thread that had to be woken would begin when the other is half done. But not for
+            // ever: the other may be waiting behind this one, on the same thread.
             waiting.fetch_sub(1, Ordering::AcqRel);
+            let mut spins = 0u32;
             while waiting.load(Ordering::Acquire) > 0 {
                 spin_loop();
+                spins = spins.wrapping_add(1);
+                if spins % 10_000 == 0 {
+                    tokio::task::yield_now().await;
+                }
             }
             calls(&mut service, count).await
         });
