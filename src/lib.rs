@@ -88,7 +88,7 @@ pub use deadline::DeadlineLayer;
 pub use error::{Error, Kind, Sent};
 #[cfg(feature = "manager")]
 pub use manager::{Channel, ConnectionManager};
-pub use pool::{Instance, Pool, WaitForReady};
+pub use pool::{InstanceId, Pool, WaitForReady};
 #[cfg(feature = "etcd")]
 pub use registry::EtcdRegistry;
 #[cfg(feature = "registry")]

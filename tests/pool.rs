@@ -19,7 +19,7 @@ use switchboard::{
     discover::{Change, Update},
     endpoint::{BoxError, BoxFuture, Connected, Lifeline, Peer, Target},
     pool::{
-        Instance, Plain, Pool, PoolConfig,
+        InstanceId, Plain, Pool, PoolConfig,
         status::{Connectivity, Discovery},
     },
 };
@@ -863,7 +863,7 @@ async fn a_pinned_pool_refuses_a_request_for_another_instance() {
     let request = |instance: Option<&str>| {
         let mut request = http::Request::new(());
         if let Some(id) = instance {
-            request.extensions_mut().insert(Instance::from(id));
+            request.extensions_mut().insert(InstanceId::from(id));
         }
         request
     };
@@ -940,7 +940,7 @@ async fn calls_go_on_while_everything_changes_under_them() {
         .expect("only one stays");
     assert_eq!(pool.status().endpoints[0].in_flight, 0);
     assert_eq!(
-        &*pool.to(Instance::from("stays")).oneshot(0).await.unwrap(),
+        &*pool.to(InstanceId::from("stays")).oneshot(0).await.unwrap(),
         "stays"
     );
 }

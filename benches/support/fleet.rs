@@ -13,7 +13,7 @@ use futures_util::FutureExt as _;
 use switchboard::{
     Pool,
     discover::{Change, Update},
-    endpoint::{Given, Hand, Peer},
+    endpoint::{Peer, Provided, UseProvided},
     pool::{Plain, PoolConfig},
 };
 use tokio::{sync::mpsc, task::yield_now};
@@ -22,7 +22,7 @@ use tower::Service as _;
 
 use super::{measure::quantile, pools::Inner};
 
-type Updates = mpsc::UnboundedSender<Update<usize, Arc<Given<Inner>>>>;
+type Updates = mpsc::UnboundedSender<Update<usize, Arc<Provided<Inner>>>>;
 
 /// A pool of this many endpoints, fed by a channel.
 pub(crate) struct Fleet {
@@ -42,7 +42,7 @@ impl Fleet {
     pub(crate) async fn new(endpoints: usize) -> Self {
         let (updates, stream) = mpsc::unbounded_channel();
         let stream = UnboundedReceiverStream::new(stream);
-        let pool = Pool::new("fleet", PoolConfig::default(), stream, Hand);
+        let pool = Pool::new("fleet", PoolConfig::default(), stream, UseProvided);
         let fleet = Self {
             pool: pool.expect("it is made in a runtime"),
             updates,
@@ -107,14 +107,14 @@ impl Fleet {
         }
     }
 
-    fn send(&self, change: Change<usize, Arc<Given<Inner>>>) {
+    fn send(&self, change: Change<usize, Arc<Provided<Inner>>>) {
         let change = Update::Change(change);
         self.updates.send(change).expect("the driver runs");
     }
 }
 
-fn given(id: usize) -> Arc<Given<Inner>> {
-    Arc::new(Given::new(Peer::new("fleet", id.to_string(), ""), Inner))
+fn given(id: usize) -> Arc<Provided<Inner>> {
+    Arc::new(Provided::new(Peer::new("fleet", id.to_string(), ""), Inner))
 }
 
 impl Picking {

@@ -160,7 +160,7 @@ where
             while waiting.load(Ordering::Acquire) > 0 {
                 spin_loop();
                 spins = spins.wrapping_add(1);
-                if spins % 10_000 == 0 {
+                if spins.is_multiple_of(10_000) {
                     tokio::task::yield_now().await;
                 }
             }

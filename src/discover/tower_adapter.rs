@@ -16,7 +16,7 @@ use tower::discover::{Change, Discover};
 
 use super::Update;
 use crate::{
-    endpoint::Given,
+    endpoint::Provided,
     error::{BoxError, Peer},
 };
 
@@ -35,7 +35,7 @@ pin_project! {
         discover: D,
         generations: HashMap<D::Key, u64>,
         last_generation: u64,
-        queue: VecDeque<Update<(D::Key, u64), Arc<Given<D::Service>>>>,
+        queue: VecDeque<Update<(D::Key, u64), Arc<Provided<D::Service>>>>,
         // What was said since the last time that all was said.
         unsynced: bool,
     }
@@ -64,7 +64,7 @@ where
     D::Key: Clone + Hash + fmt::Display,
     D::Error: Into<BoxError>,
 {
-    type Item = Update<(D::Key, u64), Arc<Given<D::Service>>>;
+    type Item = Update<(D::Key, u64), Arc<Provided<D::Service>>>;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let mut this = self.project();
@@ -78,7 +78,7 @@ where
                 let old = this.generations.insert(key.clone(), generation);
                 *this.unsynced = true;
                 let peer = Peer::new(this.role.clone(), key.to_string(), "");
-                let given = Given::new(peer.with_generation(generation), service);
+                let given = Provided::new(peer.with_generation(generation), service);
                 let insert =
                     Update::Change(Change::Insert((key.clone(), generation), Arc::new(given)));
                 Poll::Ready(Some(match old {

@@ -88,14 +88,14 @@ pub trait Lifeline: fmt::Debug + Send + Sync {
 /// A [`Target`] that brings its service with it, for discovery that yields services and not addresses,
 /// such as tower's own [`ServiceList`](https://docs.rs/tower/latest/tower/discover/struct.ServiceList.html).
 #[derive(Clone)]
-pub struct Given<S> {
+pub struct Provided<S> {
     peer: Arc<Peer>,
     service: S,
 }
 
-/// The [`Connect`] of [`Given`]: hands over the service that the target brought.
+/// The [`Connect`] of [`Provided`]: hands over the service that the target brought.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Hand;
+pub struct UseProvided;
 
 // === impl Connect ===
 
@@ -148,9 +148,9 @@ impl<S> fmt::Debug for Connected<S> {
     }
 }
 
-// === impl Given ===
+// === impl Provided ===
 
-impl<S> Given<S> {
+impl<S> Provided<S> {
     /// A service under this name.
     pub fn new(peer: Peer, service: S) -> Self {
         Self {
@@ -160,25 +160,25 @@ impl<S> Given<S> {
     }
 }
 
-impl<S: Send + Sync + 'static> Target for Given<S> {
+impl<S: Send + Sync + 'static> Target for Provided<S> {
     fn peer(&self) -> &Arc<Peer> {
         &self.peer
     }
 }
 
-impl<S> fmt::Debug for Given<S> {
+impl<S> fmt::Debug for Provided<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Given")
+        f.debug_struct("Provided")
             .field("peer", &self.peer)
             .finish_non_exhaustive()
     }
 }
 
-impl<S: Clone + Send + Sync + 'static> Connect<Given<S>> for Hand {
+impl<S: Clone + Send + Sync + 'static> Connect<Provided<S>> for UseProvided {
     type Service = S;
     type Future = Ready<Result<Connected<S>, BoxError>>;
 
-    fn connect(&self, target: &Given<S>) -> Self::Future {
+    fn connect(&self, target: &Provided<S>) -> Self::Future {
         std::future::ready(Ok(Connected::new(target.service.clone())))
     }
 }

@@ -9,6 +9,6 @@ pub(crate) mod ready;
 pub(crate) mod task;
 
 pub(crate) use connect::Dialing;
-pub use connect::{BoxFuture, Connect, Connected, Given, Hand, Lifeline, Target};
+pub use connect::{BoxFuture, Connect, Connected, Lifeline, Provided, Target, UseProvided};
 
 pub use crate::error::{BoxError, Peer, SharedError};

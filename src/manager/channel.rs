@@ -13,7 +13,7 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use crate::{
-    Instance,
+    InstanceId,
     deadline::{self, Timer, timeout_of},
     error::{Error, Kind},
     pool::{self, Pool},
@@ -25,7 +25,7 @@ use crate::{
 ///
 /// Cheap to clone, `Send` and `Sync`. It keeps to each call's `grpc-timeout` (`Request::set_timeout`):
 /// waiting, the call and its response body together end as `DEADLINE_EXCEEDED`. Options of one call travel
-/// as request extensions: [`WaitForReady`](crate::WaitForReady), [`Instance`].
+/// as request extensions: [`WaitForReady`](crate::WaitForReady), [`InstanceId`].
 ///
 /// Calls go to the less loaded of two random ready instances. They wait while the role is being
 /// resolved or connected for the first time, and fail fast afterwards; see [`Pool`].
@@ -96,10 +96,10 @@ impl Channel {
     /// This channel with all calls pinned to the instance of this id.
     ///
     /// Calls go there or fail; they are never executed by another instance, even if that has the address
-    /// now. The id need not be registered yet. A request whose own [`Instance`] extension names another
+    /// now. The id need not be registered yet. A request whose own [`InstanceId`] extension names another
     /// fails with [`Kind::Invalid`].
     #[must_use]
-    pub fn to(&self, instance: impl Into<Instance>) -> Self {
+    pub fn to(&self, instance: impl Into<InstanceId>) -> Self {
         Self {
             route: match &self.route {
                 Route::Pool(pool) => Route::Pool(pool.to(instance)),

@@ -44,7 +44,7 @@ use tower::discover::Discover;
 
 pub use self::{
     body::Body,
-    protocol::{Call, Http, Instance, Options, Plain, Protocol, WaitForReady},
+    protocol::{Call, Http, InstanceId, Options, Plain, Protocol, WaitForReady},
     service::{Pool, ResponseFuture},
 };
 use self::{
@@ -55,7 +55,7 @@ use crate::{
     Backoff,
     backoff::check_duration,
     discover::{FromTower, Update},
-    endpoint::{BoxError, Connect, Dialing, Given, Hand, Target},
+    endpoint::{BoxError, Connect, Dialing, Provided, Target, UseProvided},
     error::{Error, Kind},
 };
 
@@ -259,7 +259,7 @@ where
     {
         let role: Arc<str> = role.into();
         let updates = FromTower::new(role.clone(), discover);
-        Self::new::<_, Given<S>, _>(role, PoolConfig::default(), updates, Hand)
+        Self::new::<_, Provided<S>, _>(role, PoolConfig::default(), updates, UseProvided)
     }
 }
 

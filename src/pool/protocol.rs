@@ -20,7 +20,7 @@ pub trait Protocol<Req, Res> {
     fn track(response: Res, call: Call) -> Self::Response;
 }
 
-/// Calls over `http` types: options are request extensions ([`WaitForReady`], [`Instance`]), and a call is
+/// Calls over `http` types: options are request extensions ([`WaitForReady`], [`InstanceId`]), and a call is
 /// over when its response body is at its end, has failed or is dropped.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Http;
@@ -34,7 +34,7 @@ pub struct Plain;
 #[non_exhaustive]
 pub struct Options<'a> {
     /// The one instance to go to.
-    pub instance: Option<&'a Instance>,
+    pub instance: Option<&'a InstanceId>,
     /// Whether to wait for a ready endpoint instead of failing fast.
     pub wait_for_ready: Option<bool>,
 }
@@ -55,12 +55,12 @@ pub struct WaitForReady(pub bool);
 /// It goes there or fails; it is never executed by another, whoever has the address now.
 ///
 /// ```
-/// # use switchboard::Instance;
+/// # use switchboard::InstanceId;
 /// let mut request = tonic::Request::new(());
-/// request.extensions_mut().insert(Instance::from(7));
+/// request.extensions_mut().insert(InstanceId::from(7));
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Instance(pub(crate) Arc<str>);
+pub struct InstanceId(pub(crate) Arc<str>);
 
 /// A call in flight: counted at its peer until dropped.
 #[derive(Debug)]
@@ -104,34 +104,34 @@ impl<Req, Res> Protocol<Req, Res> for Plain {
     }
 }
 
-// === impl Instance ===
+// === impl InstanceId ===
 
-impl Instance {
+impl InstanceId {
     /// The id.
     pub fn id(&self) -> &str {
         &self.0
     }
 }
 
-impl From<&str> for Instance {
+impl From<&str> for InstanceId {
     fn from(id: &str) -> Self {
         Self(id.into())
     }
 }
 
-impl From<String> for Instance {
+impl From<String> for InstanceId {
     fn from(id: String) -> Self {
         Self(id.into())
     }
 }
 
-impl From<Arc<str>> for Instance {
+impl From<Arc<str>> for InstanceId {
     fn from(id: Arc<str>) -> Self {
         Self(id)
     }
 }
 
-impl From<&Arc<str>> for Instance {
+impl From<&Arc<str>> for InstanceId {
     fn from(id: &Arc<str>) -> Self {
         Self(id.clone())
     }
@@ -139,7 +139,7 @@ impl From<&Arc<str>> for Instance {
 
 macro_rules! from_integers {
     ($($integer:ty),*) => {$(
-        impl From<$integer> for Instance {
+        impl From<$integer> for InstanceId {
             /// The decimal form, as it stands in the registry.
             fn from(id: $integer) -> Self {
                 Self(id.to_string().into())
@@ -150,7 +150,7 @@ macro_rules! from_integers {
 
 from_integers!(u32, u64, usize, i32, i64);
 
-impl fmt::Display for Instance {
+impl fmt::Display for InstanceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }

@@ -19,7 +19,7 @@ use tower_service::Service;
 
 use super::{
     PoolConfig,
-    protocol::{Call, Http, Instance, Protocol},
+    protocol::{Call, Http, InstanceId, Protocol},
     snapshot::Snapshot,
     wait::{Slow, polled_again},
 };
@@ -36,9 +36,10 @@ use crate::error::{BoxError, Error};
 ///
 /// # Errors
 ///
-/// [`Error`], of kind [`Kind::NoSession`], [`Kind::UnknownPeer`], [`Kind::NotConnected`],
-/// [`Kind::RegistryUnreachable`] or [`Kind::Stopped`] when the call went nowhere, all *unsent*; otherwise what
-/// the endpoint's service returned, with the peer's name.
+/// [`Error`], of kind [`NoSession`](crate::Kind::NoSession), [`UnknownPeer`](crate::Kind::UnknownPeer),
+/// [`NotConnected`](crate::Kind::NotConnected), [`Busy`](crate::Kind::Busy),
+/// [`RegistryUnreachable`](crate::Kind::RegistryUnreachable) or [`Stopped`](crate::Kind::Stopped) when the call went nowhere,
+/// all *unsent*; otherwise what the endpoint's service returned, with the peer's name.
 ///
 /// # Cancellation
 ///
@@ -46,7 +47,7 @@ use crate::error::{BoxError, Error};
 /// the last clone of the pool ends its tasks, and its connections as their last call ends.
 pub struct Pool<S, P = Http> {
     inner: Arc<Inner<S>>,
-    pinned: Option<Instance>,
+    pinned: Option<InstanceId>,
     protocol: PhantomData<fn() -> P>,
 }
 
@@ -111,9 +112,9 @@ impl<S, P> Pool<S, P> {
 
     /// This pool with all calls pinned to one instance: they go there or fail.
     ///
-    /// A request whose own [`Instance`] extension names another fails with [`Kind::Invalid`](crate::Kind::Invalid).
+    /// A request whose own [`InstanceId`] extension names another fails with [`Kind::Invalid`](crate::Kind::Invalid).
     #[must_use]
-    pub fn to(&self, instance: impl Into<Instance>) -> Self {
+    pub fn to(&self, instance: impl Into<InstanceId>) -> Self {
         Self {
             inner: self.inner.clone(),
             pinned: Some(instance.into()),

@@ -9,7 +9,7 @@ use std::{
 use super::{
     chunked::{ChunkedVec, IdMap},
     pick,
-    protocol::Instance,
+    protocol::InstanceId,
 };
 use crate::{
     endpoint::{Target, ready::Ready},
@@ -95,7 +95,7 @@ impl<S> Snapshot<S> {
 
     /// The endpoint for a call: the pinned one or none, else the less loaded of two.
     #[inline]
-    pub(crate) fn pick(&self, pinned: Option<&Instance>) -> Option<&Arc<Ready<S>>> {
+    pub(crate) fn pick(&self, pinned: Option<&InstanceId>) -> Option<&Arc<Ready<S>>> {
         match pinned {
             None => pick::least_loaded_of_two(self),
             Some(instance) => pick::pinned(self, instance.id()),
@@ -105,7 +105,7 @@ impl<S> Snapshot<S> {
     /// Endpoints that a call may go to, the pick first, where the pick may have no room.
     pub(crate) fn candidates(
         &self,
-        pinned: Option<&Instance>,
+        pinned: Option<&InstanceId>,
         most: usize,
     ) -> impl Iterator<Item = &Arc<Ready<S>>> {
         let first = self.pick(pinned);

@@ -14,7 +14,7 @@ use tokio::{sync::futures::OwnedNotified, time::Sleep};
 use tower_service::Service;
 
 use super::{
-    protocol::{Call, Instance},
+    protocol::{Call, InstanceId},
     service::{Inner, Shared},
     snapshot::{Phase, Resolution, Snapshot},
 };
@@ -29,7 +29,7 @@ const CANDIDATES: usize = 4;
 /// A call that was not picked for, or not taken, at once.
 pub(super) struct Slow<S, Req> {
     inner: Arc<Inner<S>>,
-    pinned: Option<Instance>,
+    pinned: Option<InstanceId>,
     patient: bool,
     // Until an endpoint has it.
     request: Option<Req>,
@@ -56,7 +56,7 @@ enum Unpicked {
 impl<S, Req> Slow<S, Req> {
     pub(super) fn new(
         inner: &Arc<Inner<S>>,
-        pinned: Option<Instance>,
+        pinned: Option<InstanceId>,
         wait_for_ready: Option<bool>,
         request: Req,
     ) -> Self {
@@ -174,7 +174,7 @@ impl<S> Shared<S> {
     fn unpicked(
         &self,
         snapshot: &Snapshot<S>,
-        pinned: Option<&Instance>,
+        pinned: Option<&InstanceId>,
         patient: bool,
     ) -> Unpicked {
         let error = match &snapshot.resolution {
@@ -214,7 +214,7 @@ impl<S> Shared<S> {
     }
 
     /// The error of a call that has waited for as long as it may.
-    fn waited(&self, snapshot: &Snapshot<S>, pinned: Option<&Instance>) -> Error {
+    fn waited(&self, snapshot: &Snapshot<S>, pinned: Option<&InstanceId>) -> Error {
         let waited = format!("no endpoint was ready within {:?}", self.config.max_wait);
         match self.unpicked(snapshot, pinned, false) {
             Unpicked::Fail(error) => error,

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::Ipv6Addr, sync::Arc};
 
 use crate::{
     error::{Error, Kind},
-    pool::Instance,
+    pool::InstanceId,
 };
 
 /// What one running server instance says of itself: who it is, where it listens, and how it is to be
@@ -55,7 +55,7 @@ impl Session {
 
     /// The same under this id, which is unique in its role: what calls are pinned by. Default: the address.
     #[must_use]
-    pub fn with_id(mut self, id: impl Into<Instance>) -> Self {
+    pub fn with_id(mut self, id: impl Into<InstanceId>) -> Self {
         self.id = id.into().0;
         self
     }
