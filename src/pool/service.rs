@@ -128,7 +128,7 @@ impl<S, P> Pool<S, P> {
     }
 
     /// Ends it: calls in flight end as `CANCELLED` where their connections can be closed, later calls
-    /// fail with [`Kind::Stopped`], all tasks end. Returns when they have, or after two seconds.
+    /// fail with [`Kind::Stopped`](crate::Kind::Stopped), all tasks end. Returns when they have, or after two seconds.
     ///
     /// Cancel safe: the stop goes on without its waiter. Stopping twice is stopping once.
     pub async fn stop(&self) {
