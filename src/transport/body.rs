@@ -10,7 +10,7 @@ use bytes::Bytes;
 use h2::RecvStream;
 use http_body::{Frame, SizeHint};
 
-use super::{connection::Slot, pump::Pump};
+use super::{core::Slot, pump::Pump};
 use crate::error::Error;
 
 /// The response body of a call through a [`Connection`](super::Connection).

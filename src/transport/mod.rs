@@ -9,12 +9,14 @@
 
 mod body;
 mod connection;
+mod core;
 mod dial;
 mod paced;
 mod pings;
 mod pump;
 mod request;
 mod resets;
+mod socket;
 
 use std::time::Duration;
 

@@ -9,7 +9,7 @@ use std::{
 
 use tokio::runtime::{Handle, RuntimeFlavor};
 
-use super::connection::Core;
+use super::core::Core;
 
 /// More calls in flight than this, and the task makes way.
 ///

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use h2::{Ping, PingPong};
 use tokio::time::{self, Instant};
 
-use super::connection::Core;
+use super::core::Core;
 use crate::error::Kind;
 
 /// How long cancelled calls keep their streams after the answer that lets them go, so that a server that

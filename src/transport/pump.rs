@@ -18,7 +18,7 @@ use h2::{Reason, SendStream};
 use http_body::Frame;
 use tokio::runtime;
 
-use super::connection::AbortOnDrop;
+use super::core::AbortOnDrop;
 use crate::error::{BoxError, Error, Kind, Sent, SharedError};
 
 /// The running pump of one call; dropping it ends the request where it is.
@@ -80,7 +80,7 @@ impl Pump {
         });
         Self {
             shared,
-            task: AbortOnDrop(Some(task.abort_handle())),
+            task: AbortOnDrop::new(task.abort_handle()),
         }
     }
 

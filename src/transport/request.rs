@@ -12,12 +12,7 @@ use http::{HeaderMap, Request, Response, header::USER_AGENT, uri};
 use http_body::{Body as _, Frame};
 use tower_service::Service;
 
-use super::{
-    body::Body,
-    connection::{Connection, Slot},
-    pump::Pump,
-    resets::Cancelled,
-};
+use super::{body::Body, connection::Connection, core::Slot, pump::Pump, resets::Cancelled};
 use crate::error::{BoxError, Error, Kind, Sent};
 
 /// The head of the response of a call through a [`Connection`].

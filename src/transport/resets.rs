@@ -16,7 +16,7 @@ use std::{
 
 use tokio::sync::Notify;
 
-use super::{connection::Slot, pump::Pump};
+use super::{core::Slot, pump::Pump};
 
 /// How many resets may be on their way to streams of which the peer has shown nothing yet.
 const UNCONFIRMED: usize = 16;
