@@ -9,7 +9,7 @@ use crate::{
 };
 
 const ROUNDS: usize = 15;
-const SLICES: usize = 5;
+const SLICES: usize = 12;
 const ENDPOINTS: usize = 10;
 
 pub(crate) fn run() {
