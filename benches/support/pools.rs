@@ -5,7 +5,7 @@ use std::{
     future::{Ready, ready},
     hint::{black_box, spin_loop},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll},
@@ -149,22 +149,20 @@ where
         return calls(&mut service, count).await;
     }
     let waiting = Arc::new(AtomicUsize::new(callers));
+    let start = Arc::new(OnceLock::new());
     let mut tasks = JoinSet::new();
     for _ in 0..callers {
-        let (mut service, waiting) = (service.clone(), waiting.clone());
+        let (mut service, waiting, start) = (service.clone(), waiting.clone(), start.clone());
         tasks.spawn(async move {
-            // Spinning: a thread that had to be woken would begin when the other is half done. But not for
-            // ever: the other may be waiting behind this one, on the same thread.
+            // Spinning: a thread that had to be woken would begin when the other is half done. One that is
+            // not running at the start has begun all the same, or two on one core would look fast.
             waiting.fetch_sub(1, Ordering::AcqRel);
-            let mut spins = 0u32;
             while waiting.load(Ordering::Acquire) > 0 {
                 spin_loop();
-                spins = spins.wrapping_add(1);
-                if spins.is_multiple_of(10_000) {
-                    tokio::task::yield_now().await;
-                }
             }
-            calls(&mut service, count).await
+            let began = *start.get_or_init(Instant::now);
+            calls(&mut service, count).await;
+            began.elapsed()
         });
     }
     let times = tasks.join_all().await;
