@@ -156,9 +156,15 @@ where
         tasks.spawn(async move {
             // Spinning: a thread that had to be woken would begin when the other is half done. One that is
             // not running at the start has begun all the same, or two on one core would look fast.
+            // Nor does it spin for ever: the other may be waiting behind this one, on the same thread.
             waiting.fetch_sub(1, Ordering::AcqRel);
+            let mut spins = 0u32;
             while waiting.load(Ordering::Acquire) > 0 {
                 spin_loop();
+                spins = spins.wrapping_add(1);
+                if spins.is_multiple_of(10_000) {
+                    tokio::task::yield_now().await;
+                }
             }
             let began = *start.get_or_init(Instant::now);
             calls(&mut service, count).await;
