@@ -8,14 +8,20 @@ use std::{fmt, sync::Arc};
 /// for as long as it runs (to balance). An `Arc`'s own count does both with one atomic add and one
 /// subtract, where a counter beside an `Arc` takes two of each, 14 ns apiece. The price: nothing else
 /// may ever clone that `Arc`, which is why it is private to this file and `Load` is not `Clone`.
-pub(crate) struct Load<T>(Arc<T>);
+pub(crate) struct Load<T>(Arc<Padded<T>>);
 
 /// One call in flight: dropping it gives the load back.
-pub(crate) struct Guard<T>(Arc<T>);
+pub(crate) struct Guard<T>(Arc<Padded<T>>);
+
+/// Puts the counts on a cache line of their own: neighbours on the heap are other endpoints' counts, which
+/// other threads write.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Padded<T>(T);
 
 impl<T> Load<T> {
     pub(crate) fn new(of: T) -> Self {
-        Self(Arc::new(of))
+        Self(Arc::new(Padded(of)))
     }
 
     /// Counts a call in, until the guard is dropped.
@@ -32,20 +38,20 @@ impl<T> Load<T> {
     }
 
     pub(crate) fn of(&self) -> &T {
-        &self.0
+        &self.0.0
     }
 }
 
 impl<T> Guard<T> {
     pub(crate) fn of(&self) -> &T {
-        &self.0
+        &self.0.0
     }
 }
 
 impl<T: fmt::Debug> fmt::Debug for Load<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Load")
-            .field("of", &self.0)
+            .field("of", self.of())
             .field("current", &self.current())
             .finish()
     }
@@ -53,7 +59,7 @@ impl<T: fmt::Debug> fmt::Debug for Load<T> {
 
 impl<T: fmt::Debug> fmt::Debug for Guard<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Guard").field(&self.0).finish()
+        f.debug_tuple("Guard").field(self.of()).finish()
     }
 }
 
