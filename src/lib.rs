@@ -80,6 +80,7 @@ pub mod manager;
 pub mod pool;
 #[cfg(feature = "registry")]
 pub mod registry;
+mod sync;
 #[cfg(feature = "transport")]
 pub mod transport;
 

@@ -2,22 +2,19 @@
 
 use std::{fmt, sync::Arc};
 
+use crate::sync::Padded;
+
 /// What calls are counted against.
 ///
 /// A call needs its peer's name for as long as it runs (to put it in an error) and has to be counted
 /// for as long as it runs (to balance). An `Arc`'s own count does both with one atomic add and one
 /// subtract, where a counter beside an `Arc` takes two of each, 14 ns apiece. The price: nothing else
-/// may ever clone that `Arc`, which is why it is private to this file and `Load` is not `Clone`.
+/// may ever clone that `Arc`, which is why it is private to this file and `Load` is not `Clone`. Padded, for
+/// its neighbours on the heap are other endpoints' counts, which other threads write.
 pub(crate) struct Load<T>(Arc<Padded<T>>);
 
 /// One call in flight: dropping it gives the load back.
 pub(crate) struct Guard<T>(Arc<Padded<T>>);
-
-/// Puts the counts on a cache line of their own: neighbours on the heap are other endpoints' counts, which
-/// other threads write.
-#[derive(Debug)]
-#[repr(align(64))]
-struct Padded<T>(T);
 
 impl<T> Load<T> {
     pub(crate) fn new(of: T) -> Self {

@@ -25,6 +25,7 @@ use super::{Connector, resets::Resets};
 use crate::{
     endpoint::{BoxFuture, Lifeline},
     error::{Error, Kind, Sent},
+    sync::Padded,
 };
 
 /// What a connection's handles, calls and tasks share.
@@ -37,7 +38,7 @@ pub(super) struct Core {
     pub(super) runtime: runtime::Handle,
     /// Calls that have a stream, and how many the peer allows; a new reading replaces the latter when it
     /// is reached.
-    streams: AtomicUsize,
+    streams: Padded<AtomicUsize>,
     max_streams: AtomicUsize,
     slot_free: Arc<Notify>,
     resets: Resets,
@@ -72,7 +73,7 @@ impl Core {
             user_agent: config.user_agent.clone(),
             max_header_list_size: config.max_header_list_size,
             runtime: runtime::Handle::current(),
-            streams: AtomicUsize::new(0),
+            streams: Padded(AtomicUsize::new(0)),
             max_streams: AtomicUsize::new(usize::MAX),
             slot_free: Arc::new(Notify::new()),
             resets: Resets::new(),
