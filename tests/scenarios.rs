@@ -128,7 +128,7 @@ async fn a_deleted_session_ends_its_calls_and_is_found_again_elsewhere() {
         .register(session("q", &old.address()))
         .await
         .unwrap();
-    call(&channel, 0).await.unwrap();
+    until_answered(&channel, "old", Instant::now()).await;
 
     let stop = Arc::new(AtomicBool::new(false));
     let in_a_loop = tokio::spawn({
@@ -257,7 +257,7 @@ async fn a_call_for_one_instance_is_never_executed_by_who_took_its_address() {
         .register(session("7", &seven.address()))
         .await
         .unwrap();
-    assert_eq!(call(&channel.to(7), 0).await.unwrap(), "7");
+    until_answered(&channel.to(7), "7", Instant::now()).await;
 
     // 7 dies; its session stays, its lease being alive.
     seven.kill();
