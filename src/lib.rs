@@ -12,7 +12,8 @@
 //! # async fn main() -> Result<(), switchboard::Error> {
 //! // In process here; `EtcdRegistry::connect([..], "prefix").await?` for etcd.
 //! let registry = MemoryRegistry::new();
-//! let registration = registry.register(Session::new("echo", "127.0.0.1:21123").with_id(7)).await?;
+//! let session = Session::new("echo", "127.0.0.1:21123").with_id(7);
+//! let registration = registry.register(session).await?;
 //!
 //! let manager = ConnectionManager::builder(registry).build();
 //! let channel = manager.channel("echo");            // returns at once; nothing has to be up
@@ -49,7 +50,7 @@
 //! # When things go wrong
 //!
 //! Every call ends: with the peer's own status, or with an [`Error`] that names the role, the instance and
-//! the reason, as a [`tonic::Status`] with the right code. A call fails fast if nobody is registered, if
+//! the reason, as a `tonic::Status` with the right code. A call fails fast if nobody is registered, if
 //! nobody is connected and a first attempt has failed, or if the registry has never answered. It waits,
 //! within its deadline and [`PoolConfig::max_wait`](pool::PoolConfig::max_wait), while it cannot be known yet.
 //! [`Error::sent`] says whether the peer may have executed it.

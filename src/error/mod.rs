@@ -1,7 +1,7 @@
 //! The one error of this crate: what kind, which role and peer, why, and whether the request was sent.
 //!
 //! It is one pointer wide, allocated only when something failed, and put into words only when somebody
-//! reads it. [`std::error::Error::source`] leads through the [`tonic::Status`] that it stands for: that
+//! reads it. [`std::error::Error::source`] leads through the `tonic::Status` that it stands for: that
 //! is how tonic's generated clients, which search the chain for one, come to the right code and the
 //! full message without knowing this crate.
 
@@ -23,7 +23,7 @@ pub type SharedError = Arc<dyn StdError + Send + Sync>;
 /// What went wrong with a call, a connection or an argument.
 ///
 /// A program can match on [`Error::kind`] and [`Error::sent`]; a person reads the message, which names
-/// the role, the peer and the reason. From the [`tonic::Status`] that a generated client returns it is
+/// the role, the peer and the reason. From the `tonic::Status` that a generated client returns it is
 /// got back with [`Error::of`].
 pub struct Error(Box<Inner>);
 
@@ -316,7 +316,7 @@ impl fmt::Debug for Error {
 }
 
 impl StdError for Error {
-    /// The [`tonic::Status`] that this error stands for, whose own source is the cause.
+    /// The `tonic::Status` that this error stands for, whose own source is the cause.
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         Some(self.status())
     }
