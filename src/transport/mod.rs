@@ -131,7 +131,7 @@ impl Connector {
     /// 64 KiB; 1 KiB to 16 MiB.
     ///
     /// Servers answer too large headers with an error, and much too large ones by closing the connection
-    /// under all other calls: tonic's does from about 100 KiB on.
+    /// under all other calls: a tonic server of 0.14 did the one at 60 kB and the other at 200 kB.
     ///
     /// # Errors
     ///
