@@ -21,25 +21,42 @@ pub trait Codec: fmt::Debug + Send + Sync + 'static {
     /// The prefix of all keys of this role; nothing else should have it.
     fn prefix(&self, root: &str, role: &str) -> String;
 
-    /// The key of this session, which begins with the prefix of its role.
+    /// The key of this session, which begins with the prefix of its role. All
+    /// [exclusive](Session::with_exclusive) sessions of a role have the same.
     fn key(&self, root: &str, session: &Session) -> String;
 
-    /// The value of this session.
+    /// The key of the counter that ids are allocated from, which no role's prefix covers. Default
+    /// `<root>/id`.
+    fn counter(&self, root: &str) -> String {
+        match root {
+            "" => "id".to_owned(),
+            root => format!("{root}/id"),
+        }
+    }
+
+    /// The value of this session. `lease` is the registry's id of the lease that it will be under, for
+    /// formats that repeat it in the value.
     ///
     /// # Errors
     ///
     /// [`Kind::Invalid`](crate::Kind::Invalid) if the format cannot hold it.
-    fn encode(&self, session: &Session) -> Result<Vec<u8>, Error>;
+    fn encode(&self, session: &Session, lease: i64) -> Result<Vec<u8>, Error>;
 
-    /// The session of one record whose key begins with the prefix of this role. What it returns is
-    /// validated once more by whoever asked.
+    /// The session of one record whose key begins with the prefix of this role; `None` for a record that
+    /// may well stand there and is no session of this role, such as that of a role whose name begins the same.
+    /// What it returns is validated once more by whoever asked.
     ///
     /// # Errors
     ///
     /// [`BadRecord`]: it will be skipped, counted, and named in a warning. A panic is taken for
     /// [`BadRecord::Panicked`].
-    fn decode(&self, root: &str, role: &str, key: &str, value: &[u8])
-    -> Result<Session, BadRecord>;
+    fn decode(
+        &self,
+        root: &str,
+        role: &str,
+        key: &str,
+        value: &[u8],
+    ) -> Result<Option<Session>, BadRecord>;
 }
 
 /// Why a record under a role's prefix is no session. It costs only itself.
@@ -69,7 +86,7 @@ pub enum BadRecord {
 
 /// The naming format of etcd, as grpc-go's etcd resolver reads and writes it.
 ///
-/// The key is `<root>/<role>/<id>`, the value a JSON object:
+/// The key is `<root>/<role>/<id>`, or `<root>/<role>/active` for an exclusive session; the value a JSON object:
 ///
 /// ```json
 /// {"Op":0,"Addr":"10.0.0.5:21123","Metadata":{"id":"7","version":"2.6.0","weight":1,"metadata":{"zone":"a"}}}
@@ -80,6 +97,9 @@ pub enum BadRecord {
 /// type than ours, are skipped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Naming;
+
+/// What stands in the place of the id in the key that the exclusive sessions of a role compete for.
+const ACTIVE: &str = "active";
 
 // === impl BadRecord ===
 
@@ -121,7 +141,7 @@ pub(crate) fn decode(
     role: &str,
     key: &str,
     value: &[u8],
-) -> Result<Session, BadRecord> {
+) -> Result<Option<Session>, BadRecord> {
     let decoded = panic::catch_unwind(AssertUnwindSafe(|| codec.decode(root, role, key, value)));
     decoded.unwrap_or_else(|payload| {
         let message = match payload.downcast::<String>() {
@@ -144,10 +164,14 @@ impl Codec for Naming {
     }
 
     fn key(&self, root: &str, session: &Session) -> String {
-        self.prefix(root, session.role()) + session.id()
+        let name = match session.is_exclusive() {
+            true => ACTIVE,
+            false => session.id(),
+        };
+        self.prefix(root, session.role()) + name
     }
 
-    fn encode(&self, session: &Session) -> Result<Vec<u8>, Error> {
+    fn encode(&self, session: &Session, _lease: i64) -> Result<Vec<u8>, Error> {
         let record = Written {
             op: 0,
             addr: session.address(),
@@ -155,6 +179,7 @@ impl Codec for Naming {
                 id: session.id(),
                 version: session.version(),
                 weight: session.weight(),
+                exclusive: session.is_exclusive(),
                 stopping: session.is_stopping(),
                 metadata: session.metadata(),
             },
@@ -168,7 +193,7 @@ impl Codec for Naming {
         role: &str,
         key: &str,
         value: &[u8],
-    ) -> Result<Session, BadRecord> {
+    ) -> Result<Option<Session>, BadRecord> {
         let prefix = self.prefix(root, role);
         let rest = match key.strip_prefix(&prefix) {
             None => {
@@ -209,7 +234,7 @@ impl Codec for Naming {
             _ => session,
         };
         session.validate().map_err(BadRecord::Invalid)?;
-        Ok(session)
+        Ok(Some(session))
     }
 }
 
@@ -225,6 +250,7 @@ fn with_extra(mut session: Session, extra: serde_json::Map<String, Value>) -> Se
                 Some(Ok(weight @ 1..)) => session.with_weight(weight),
                 _ => session,
             },
+            ("exclusive", Value::Bool(exclusive)) => session.with_exclusive(exclusive),
             ("stopping", Value::Bool(stopping)) => session.with_stopping(stopping),
             ("metadata", Value::Object(entries)) => {
                 entries
@@ -257,6 +283,8 @@ struct Extra<'a> {
     version: &'a str,
     weight: u32,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
+    exclusive: bool,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
     stopping: bool,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     metadata: &'a BTreeMap<String, String>,
@@ -278,7 +306,9 @@ mod tests {
     use super::*;
 
     fn decode(key: &str, value: &str) -> Result<Session, BadRecord> {
-        Naming.decode("demo", "echo", key, value.as_bytes())
+        Naming
+            .decode("demo", "echo", key, value.as_bytes())
+            .map(|session| session.expect("all under its prefix is the role's"))
     }
 
     #[test]
@@ -292,11 +322,11 @@ mod tests {
             .with_stopping(true);
         for session in [plain, full] {
             let key = Naming.key("demo", &session);
-            let value = Naming.encode(&session).expect("it can be written");
+            let value = Naming.encode(&session, 0).expect("it can be written");
             let back = Naming
                 .decode("demo", "echo", &key, &value)
                 .expect("it can be read");
-            assert_eq!(back, session);
+            assert_eq!(back, Some(session));
         }
     }
 
@@ -305,7 +335,7 @@ mod tests {
         let session = Session::new("echo", "h:1").with_id(7);
         assert_eq!(Naming.key("demo", &session), "demo/echo/7");
         assert_eq!(Naming.key("", &session), "echo/7");
-        let value = Naming.encode(&session).expect("it can be written");
+        let value = Naming.encode(&session, 0).expect("it can be written");
         assert_eq!(
             String::from_utf8_lossy(&value),
             r#"{"Op":0,"Addr":"h:1","Metadata":{"id":"7","weight":1}}"#

@@ -168,13 +168,14 @@ impl fmt::Debug for Registration {
 pub(crate) fn held_by(codec: &dyn Codec, root: &str, session: &Session, value: &[u8]) -> Error {
     let key = codec.key(root, session);
     let holder = match codec::decode(codec, root, session.role(), &key, value) {
-        Ok(holder) => {
+        Ok(Some(holder)) => {
             let version = match holder.version() {
                 "" => String::new(),
                 version => format!(", version {version}"),
             };
             format!("instance {} at {}{version}", holder.id(), holder.address())
         }
+        Ok(None) => "a record that is no session of this role".to_owned(),
         Err(bad) => format!("a record that is no session ({bad})"),
     };
     Error::new(Kind::AlreadyRegistered)

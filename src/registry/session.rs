@@ -32,6 +32,7 @@ pub struct Session {
     version: String,
     metadata: BTreeMap<String, String>,
     weight: u32,
+    exclusive: bool,
     stopping: bool,
 }
 
@@ -49,6 +50,7 @@ impl Session {
             version: String::new(),
             metadata: BTreeMap::new(),
             weight: 1,
+            exclusive: false,
             stopping: false,
         }
     }
@@ -81,6 +83,14 @@ impl Session {
     #[must_use]
     pub fn with_weight(mut self, weight: u32) -> Self {
         self.weight = weight;
+        self
+    }
+
+    /// The same, saying whether it is the only one of its role: then all sessions of the role compete for one
+    /// key, whoever holds it is active, and the others stand by. Default: no.
+    #[must_use]
+    pub fn with_exclusive(mut self, exclusive: bool) -> Self {
+        self.exclusive = exclusive;
         self
     }
 
@@ -120,6 +130,11 @@ impl Session {
     /// Its weight, at least 1. Balancing ignores it so far: see [`Session::with_weight`].
     pub fn weight(&self) -> u32 {
         self.weight
+    }
+
+    /// Whether there is one active session of its role, which is this one, and others stand by.
+    pub fn is_exclusive(&self) -> bool {
+        self.exclusive
     }
 
     /// Whether it has said that it is stopping.

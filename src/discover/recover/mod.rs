@@ -207,7 +207,7 @@ impl Engine {
         self.queue.extend(changes.into_iter().map(Update::Change));
     }
 
-    /// The session of a record; the key of one that is none, if it is text.
+    /// The session of a record; the key of one that is none of this role's, if it is text.
     fn read(&mut self, record: &Record) -> Result<Found, Option<Arc<str>>> {
         let Settings {
             codec, root, role, ..
@@ -218,17 +218,24 @@ impl Engine {
             Ok(key) => codec::decode(&**codec, root, role, key, &record.value),
         };
         let read = read.and_then(|session| {
+            let Some(session) = session else {
+                return Ok(None);
+            };
             session.validate().map_err(BadRecord::Invalid)?;
             if session.role() != &**role {
                 return Err(BadRecord::Key(
                     format!("it is of role {}", session.role()).into(),
                 ));
             }
-            Ok(session)
+            Ok(Some(session))
         });
         let key: Arc<str> = lossy.as_ref().into();
         match read {
-            Ok(session) => {
+            Ok(None) => {
+                self.bad.forget(&key);
+                Err(Some(key))
+            }
+            Ok(Some(session)) => {
                 self.bad.forget(&key);
                 Ok(Found {
                     key,

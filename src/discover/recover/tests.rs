@@ -89,7 +89,7 @@ impl Store for Scripted {
 
 fn record(id: u32, created: u64, modified: u64) -> Record {
     let session = Session::new("echo", format!("h:{id}")).with_id(id);
-    let value = Naming.encode(&session).expect("it can be written");
+    let value = Naming.encode(&session, 0).expect("it can be written");
     raw(&id.to_string(), &value, created, modified)
 }
 
@@ -312,8 +312,8 @@ impl Codec for Panicky {
         Naming.key(root, session)
     }
 
-    fn encode(&self, session: &Session) -> Result<Vec<u8>, crate::Error> {
-        Naming.encode(session)
+    fn encode(&self, session: &Session, lease: i64) -> Result<Vec<u8>, crate::Error> {
+        Naming.encode(session, lease)
     }
 
     fn decode(
@@ -322,7 +322,7 @@ impl Codec for Panicky {
         role: &str,
         key: &str,
         value: &[u8],
-    ) -> Result<Session, BadRecord> {
+    ) -> Result<Option<Session>, BadRecord> {
         match value {
             b"plain" => panic!("a plain bug"),
             b"formatted" => panic!("a bug over {key}"),
@@ -421,7 +421,7 @@ async fn through_outages_and_compactions_the_view_is_exact_in_the_end() {
                     let id = random.u8(0..10);
                     let session = Session::new("echo", format!("h:{}", random.u8(1..20)));
                     let value = Naming
-                        .encode(&session.with_id(u32::from(id)))
+                        .encode(&session.with_id(u32::from(id)), 0)
                         .expect("good");
                     registry.put(format!("echo/{id}"), value);
                 }

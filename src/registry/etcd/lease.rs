@@ -136,7 +136,7 @@ impl Lease {
         }
         let _writing = self.writing.lock().await;
         let session = self.state().session.clone();
-        let value = Bytes::from(self.registry.codec.encode(&session)?);
+        let value = Bytes::from(self.registry.codec.encode(&session, 0)?);
         tracing::warn!(
             role = session.role(),
             id = session.id(),
@@ -152,7 +152,7 @@ impl Lease {
     }
 
     async fn write(&self, session: &Arc<Session>) -> Result<(), Error> {
-        let value = Bytes::from(self.registry.codec.encode(session)?);
+        let value = Bytes::from(self.registry.codec.encode(session, 0)?);
         let _writing = self.writing.lock().await;
         let id = self.state().id;
         let EtcdRegistry {

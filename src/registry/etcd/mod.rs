@@ -167,7 +167,7 @@ impl EtcdRegistry {
         client::current_runtime("registry")?;
         session.validate()?;
         let key = Bytes::from(self.codec.key(&self.root, &session));
-        let value = Bytes::from(self.codec.encode(&session)?);
+        let value = Bytes::from(self.codec.encode(&session, 0)?);
         let session = Arc::new(session);
         let lease = Lease::new(self.clone(), key, session.clone());
         match lease.establish(value).await? {

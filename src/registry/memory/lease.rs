@@ -22,7 +22,7 @@ pub(super) struct Held {
 
 impl Held {
     fn write_now(&self, session: &Session) -> Result<(), Error> {
-        let value = Bytes::from(self.codec.encode(session)?);
+        let value = Bytes::from(self.codec.encode(session, 0)?);
         self.shared.write(|history| {
             if history.lease_of(&self.key) != Some(self.lease) {
                 return Err(Error::new(Kind::SessionDeleted)

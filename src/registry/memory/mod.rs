@@ -133,7 +133,7 @@ impl MemoryRegistry {
     pub async fn register(&self, session: Session) -> Result<Registration, Error> {
         session.validate()?;
         let key = Bytes::from(self.codec.key("", &session));
-        let value = Bytes::from(self.codec.encode(&session)?);
+        let value = Bytes::from(self.codec.encode(&session, 0)?);
         let session = Arc::new(session);
         self.shared.write(|history| {
             if let Some(record) = history.get(&key) {
