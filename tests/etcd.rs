@@ -6,11 +6,12 @@ mod support;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    future::IntoFuture as _,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use futures_util::{FutureExt as _, StreamExt as _};
+use futures_util::StreamExt as _;
 use support::{
     etcd::Etcd,
     eventually, eventually_async,
@@ -20,6 +21,7 @@ use switchboard::{
     ConnectionManager, Error, EtcdRegistry, Kind, Registry as _, Session,
     discover::{Change, Key, Member, Skipped, Update, Updates},
     endpoint::Target as _,
+    registry::RegistrationState,
 };
 use tokio::{
     runtime::{self, Runtime},
@@ -441,33 +443,36 @@ fn a_registry_goes_on_when_the_runtime_of_its_first_use_has_ended() {
 }
 
 #[test]
-fn a_registration_that_is_used_outside_its_runtime_says_so_and_is_removed_when_dropped() {
+fn a_registration_can_be_used_outside_its_runtime_and_ends_with_it() {
     // Given a registration that was made on a runtime
-    let runtime = runtime();
-    let (etcd, mut registration) = runtime.block_on(async {
+    let (own, other) = (runtime(), runtime());
+    let (etcd, registry, mut registration) = own.block_on(async {
         let etcd = Etcd::start().await;
         let registry = registry(&etcd).await;
         let registered = registry.register(Session::new("echo", "h:1")).await;
-        (etcd, registered.expect("it is free"))
+        (etcd, registry, registered.expect("it is free"))
     });
 
-    // When it is updated outside of any
-    let updated = registration.update(|s| s.with_version("2")).now_or_never();
+    // When it is updated on another, then that is done
+    let updated = other.block_on(registration.update(|s| s.with_version("2")));
+    updated.expect("its own runtime runs");
+    assert_eq!(registration.session().version(), "2");
 
-    // Then that is an error
-    let error = updated
-        .expect("it is refused at once")
-        .expect_err("there is no runtime");
-    assert_eq!(error.kind(), Kind::Invalid, "{error}");
-    assert_eq!(registration.session().version(), "");
-
-    // When it is dropped there
+    // When it is dropped outside of any, then its record goes
     drop(registration);
-
-    // Then its record goes
-    runtime.block_on(eventually_async("the record goes", async || {
+    own.block_on(eventually_async("the record goes", async || {
         etcd.get("demo/echo/h:1").await.is_none()
     }));
+
+    // When its runtime ends, then it says so
+    let registered = own.block_on(registry.register(Session::new("echo", "h:2")).into_future());
+    let mut registration = registered.expect("it is free");
+    drop(own);
+    let updated = other.block_on(registration.update(|s| s.with_version("2")));
+    let error = updated.expect_err("nobody is left to do it");
+    assert_eq!(error.kind(), Kind::SessionDeleted, "{error}");
+    assert!(error.to_string().contains("runtime"), "{error}");
+    assert!(matches!(registration.state(), RegistrationState::Ended));
     drop(etcd);
 }
 

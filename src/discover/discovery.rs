@@ -14,7 +14,7 @@ use tower::discover::Change;
 use super::{
     Update,
     member::{Key, Member},
-    recover::{Engine, Settings, Skipped},
+    reader::{Reader, Settings, Skipped},
 };
 use crate::error::{Error, Kind};
 
@@ -26,7 +26,9 @@ use crate::error::{Error, Kind};
 /// when the difference follows. [`Discovery::updates`] gives the same with the moments at which the set is
 /// complete.
 ///
-/// It has no task: it works while it is polled, inside a tokio runtime, and ends when it is dropped.
+/// It is read inside a tokio runtime, and looks for nothing before it is. All who look for a role through the
+/// handles of one registry share one watch, in a task of its own, which ends with the last of them. A reader that
+/// is slow holds up nobody: when it falls behind by too much it gets the difference to what is there.
 ///
 /// ```
 /// use futures_util::StreamExt as _;
@@ -76,13 +78,13 @@ impl Discovery {
         }
     }
 
-    pub(crate) fn of_store(settings: Settings) -> Self {
+    pub(crate) fn reading(settings: Settings) -> Self {
         let role = settings.role.clone();
         let skipped = Skipped::default();
-        let engine = Engine::new(settings, skipped.clone());
-        let updates = stream::unfold(engine, |mut engine| async move {
-            let update = engine.next().await;
-            Some((update, engine))
+        let reader = Reader::new(settings, skipped.clone());
+        let updates = stream::unfold(reader, |mut reader| async move {
+            let update = reader.next().await;
+            Some((update, reader))
         });
         let mut this = Self::new(role, updates);
         this.updates.skipped = skipped;

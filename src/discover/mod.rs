@@ -1,26 +1,26 @@
 //! What a role's sessions are, as a stream of changes.
 //!
-//! Discovery lists at a revision, watches from the next one, and reconciles by key and generation. A
-//! broken watch is never patched: the last known set is kept, marked stale, and on return there is a new
-//! list, a diff, and a watch from the list's revision + 1.
+//! A registry lists at a revision and watches from the next one; discovery reads its records and reconciles
+//! them by key and generation. A broken watch is never patched: the last known set is kept, marked stale, and
+//! on return there is a new list, a diff, and a watch from the list's revision + 1.
 
 #[cfg(feature = "registry")]
 mod discovery;
 #[cfg(feature = "registry")]
 mod member;
 #[cfg(feature = "registry")]
-mod reconcile;
+mod reader;
 #[cfg(feature = "registry")]
-mod recover;
+mod reconcile;
 mod tower_adapter;
 
 #[cfg(feature = "registry")]
-pub(crate) use self::recover::{Settings, default_backoff};
+pub(crate) use self::reader::Settings;
 #[cfg(feature = "registry")]
 pub use self::{
     discovery::{Discovery, Updates},
     member::{Key, Member},
-    recover::Skipped,
+    reader::Skipped,
 };
 use crate::error::SharedError;
 pub use tower::discover::Change;

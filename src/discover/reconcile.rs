@@ -96,9 +96,12 @@ impl Known {
 
     fn put(&mut self, found: Found, round: &mut Round) {
         if let Some(entry) = self.members.get(&found.key) {
-            // By revision and not by value: a server that writes the same once more wants to be heard.
-            let same = entry.member.generation() == found.created;
-            if same && entry.modified == found.modified {
+            // By revision and not by value alone: a server that writes the same once more wants to be heard.
+            // By value too: in a registry that was rebuilt the same revisions come again.
+            if entry.member.generation() == found.created
+                && entry.modified == found.modified
+                && *entry.member.session() == found.session
+            {
                 return;
             }
         }

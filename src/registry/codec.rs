@@ -7,6 +7,7 @@ use std::{
     panic::{self, AssertUnwindSafe},
 };
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -133,6 +134,14 @@ impl fmt::Display for BadRecord {
 }
 
 impl std::error::Error for BadRecord {}
+
+/// Encodes with a codec that may be anybody's: its panic is an error.
+pub(crate) fn encode(codec: &dyn Codec, session: &Session, lease: i64) -> Result<Bytes, Error> {
+    match panic::catch_unwind(AssertUnwindSafe(|| codec.encode(session, lease))) {
+        Ok(encoded) => encoded.map(Bytes::from),
+        Err(_) => Err(Error::invalid("session", "the codec panicked over it")),
+    }
+}
 
 /// Decodes with a codec that may be anybody's: its panic costs the record and no more.
 pub(crate) fn decode(

@@ -7,7 +7,10 @@
 pub(crate) mod codec;
 #[cfg(feature = "etcd")]
 mod etcd;
+pub(crate) mod feed;
 mod fixed;
+mod home;
+mod keeper;
 mod memory;
 mod registration;
 pub(crate) mod session;
@@ -16,12 +19,14 @@ pub(crate) mod store;
 use std::{fmt, sync::Arc};
 
 #[cfg(feature = "etcd")]
-pub use self::etcd::EtcdRegistry;
+pub use self::etcd::{EtcdBuilder, EtcdRegistry};
 pub use self::{
     codec::{BadRecord, Codec, Naming},
     fixed::Fixed,
     memory::MemoryRegistry,
-    registration::Registration,
+    registration::{
+        Holder, Register, Registration, RegistrationEvent, RegistrationEvents, RegistrationState,
+    },
     session::Session,
 };
 use crate::{discover::Discovery, error::Error};

@@ -1,20 +1,86 @@
 //! The handle on one's own session.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    future::IntoFuture,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, SystemTime},
+};
+
+use futures_core::Stream;
+use futures_util::stream;
+use tokio::{
+    sync::{broadcast, mpsc, oneshot, watch},
+    task::AbortHandle,
+};
 
 use super::{
-    Session,
-    codec::{self, Codec},
+    Session, codec,
+    home::Home,
+    keeper::{self, First, Keeper, Update},
+    store::Record,
 };
 use crate::{
+    backoff::{Backoff, check_duration},
     endpoint::BoxFuture,
-    error::{Error, Kind},
+    error::{Error, Kind, SharedError},
 };
+
+/// How much of what happened is kept for a reader of [`RegistrationEvents`].
+const EVENTS: usize = 64;
+
+/// A registration in the making: await it.
+///
+/// It ends with the [`Registration`] once the registry has the session under a lease, which is kept alive in
+/// the background, at a third of the TTL, until the handle is dropped. For an
+/// [exclusive](Session::with_exclusive) session it ends also when another is active: this one then stands by.
+///
+/// The key of an earlier registration of the same role, id and address is taken over at once: that was this
+/// very instance, before it was restarted, for two cannot listen at one address. If it lives all the same it ends.
+/// A registration of this process, through a handle of this registry, is not taken over while its handle lives.
+///
+/// ```
+/// use std::time::Duration;
+/// use switchboard::{MemoryRegistry, Session};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), switchboard::Error> {
+/// # let registry = MemoryRegistry::new();
+/// let session = Session::new("echo", "10.0.0.5:21123").with_id(7);
+/// let registration = registry.register(session).wait(Duration::from_secs(15))?.await?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+///
+/// [`Kind::Invalid`] if the session cannot work, or outside a tokio runtime;
+/// [`Kind::AlreadyRegistered`], naming the holder, if somebody else has its key, if only a process that
+/// is gone and whose TTL is not over; [`Kind::RegistryUnreachable`] if the registry does not answer.
+///
+/// # Cancel safety
+///
+/// When the future is dropped, what it may have written is removed in the background.
+#[must_use = "nothing is registered until it is awaited"]
+#[derive(Debug)]
+pub struct Register {
+    home: Home,
+    session: Session,
+    first: First,
+}
 
 /// One's own session in a registry, kept alive until this is dropped.
 ///
+/// A task of its own keeps the lease alive and looks after the record. What is lost (the lease ran out, somebody
+/// deleted the key, the registry was down for longer than the TTL or lost its data) is registered again by
+/// itself, under the same id, as another generation; [`Registration::events`] tells of it. Nothing of that
+/// needs the handle to be polled.
+///
 /// Dropping it removes the session in the background, as well as that can be done;
-/// [`Registration::deregister`] waits and says whether it could.
+/// [`Registration::deregister`] waits and says whether it could. A process that dies leaves the session to its
+/// TTL, and so does a runtime that ends.
 ///
 /// ```
 /// use switchboard::{MemoryRegistry, Session};
@@ -32,42 +98,254 @@ use crate::{
 #[must_use = "dropping it removes the session"]
 pub struct Registration {
     session: Arc<Session>,
-    // None once it is given up.
-    hold: Option<Box<dyn Hold>>,
+    board: Board,
+    updates: mpsc::Sender<Update>,
+    /// Dropped to release it; sent through to hear of that.
+    release: Option<oneshot::Sender<Release>>,
+    /// While this lives, nobody in this process takes it over.
+    _handle: Arc<()>,
+    task: AbortHandle,
 }
 
-/// What keeps a session in a registry.
-pub(crate) trait Hold: fmt::Debug + Send + Sync {
-    /// Writes the session anew, under the same key and lease.
-    fn write<'a>(&'a self, session: &'a Arc<Session>) -> BoxFuture<'a, Result<(), Error>>;
+/// Where a [`Registration`] stands. Its `Display` is a few words.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum RegistrationState {
+    /// The registry has not had it yet, if it was made in the [background](Register::background).
+    Registering {
+        /// Why not, if that is known.
+        why: Option<SharedError>,
+    },
+    /// The registry has it.
+    Registered {
+        /// The registry's revision at which its key came into being.
+        generation: u64,
+    },
+    /// The registry has it, as far as is known, but does not answer.
+    Unreachable {
+        /// As it was last known.
+        generation: u64,
+        /// Since when.
+        since: SystemTime,
+        /// Why it does not answer.
+        why: SharedError,
+    },
+    /// The registry has it no more; it is being registered again.
+    Lost {
+        /// How.
+        why: SharedError,
+    },
+    /// Somebody else has its key; it is registered again when that is free, unless the other is its successor:
+    /// the same role, id and address.
+    Taken {
+        /// Who.
+        by: Holder,
+    },
+    /// It is exclusive, and another is active; it takes over when that is gone.
+    StandBy {
+        /// Who is active.
+        active: Holder,
+    },
+    /// It was given up, or its runtime has ended.
+    Ended,
+}
 
-    /// Removes the record and lets go of the lease.
-    fn release(self: Box<Self>) -> BoxFuture<'static, Result<(), Error>>;
+/// What happened to a [`Registration`]. Its `Display` is a few words.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum RegistrationEvent {
+    /// The registry has it, for the first time; one that stood by is active from here on.
+    Registered {
+        /// The registry's revision at which its key came into being.
+        generation: u64,
+    },
+    /// The registry does not answer. Its record outlives that by a TTL at least.
+    Unreachable {
+        /// Why it does not answer.
+        why: SharedError,
+    },
+    /// The registry answers again, and has it as before.
+    Reachable,
+    /// The registry has it no more, or has not confirmed it for a whole TTL, so that others may think so; it
+    /// is being registered again.
+    Lost {
+        /// How.
+        why: SharedError,
+    },
+    /// The registry has it again: the same instance, mostly in another generation.
+    Restored {
+        /// The registry's revision at which its key came into being.
+        generation: u64,
+    },
+    /// Somebody else has its key; it is registered again when that is free. If it was its successor, with the
+    /// same role, id and address, it ends.
+    Taken {
+        /// Who.
+        by: Holder,
+    },
+    /// It is exclusive, and this one is active; it takes over when that is gone.
+    StandingBy {
+        /// Who is active.
+        active: Holder,
+    },
+    /// It was given up, or its runtime has ended. The last event.
+    Ended,
+}
 
-    /// The same in the background, with nobody to hear of it.
-    fn release_in_background(self: Box<Self>);
+/// Who holds a key that somebody else wants. Its `Display` reads `instance 7 at 10.0.0.5:21123, version 2.6`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    session: Option<Arc<Session>>,
+    generation: u64,
+    words: Arc<str>,
+}
 
-    /// Keeps the lease alive no longer.
-    fn abandon(self: Box<Self>);
+/// The events of one [`Registration`]: first where it stands, then what happens.
+///
+/// The stream ends after [`RegistrationEvent::Ended`]. A reader that falls behind by more than 64 events
+/// misses the oldest.
+#[must_use = "streams do nothing unless polled"]
+pub struct RegistrationEvents {
+    inner: Pin<Box<dyn Stream<Item = RegistrationEvent> + Send + Sync>>,
+}
+
+/// Where the result of a release goes.
+pub(super) type Release = oneshot::Sender<Result<(), Error>>;
+
+/// Where a keeper tells what becomes of its registration.
+#[derive(Clone, Debug)]
+pub(super) struct Board {
+    state: watch::Sender<RegistrationState>,
+    events: broadcast::Sender<RegistrationEvent>,
+}
+
+// === impl Register ===
+
+impl Register {
+    pub(super) fn new(home: Home, session: Session) -> Self {
+        Self {
+            home,
+            session,
+            first: First::Refuse,
+        }
+    }
+
+    /// If somebody else has its key, waits until it is free, for so long at most. Default: that is an error at
+    /// once. 1 ms to 1 day. It makes no difference to an exclusive session, which stands by.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`] outside these bounds.
+    pub fn wait(mut self, within: Duration) -> Result<Self, Error> {
+        let least = Duration::from_millis(1);
+        check_duration("wait", within, least, Backoff::LONGEST)?;
+        self.first = First::Wait(within);
+        Ok(self)
+    }
+
+    /// Does not wait for the registry: awaiting it ends at once, and it is registered in the background as soon
+    /// as the registry answers and its key is free. Only what can never work is an error.
+    ///
+    /// So a server can start while etcd is down. [`Registration::registered`] waits for it.
+    pub fn background(mut self) -> Self {
+        self.first = First::Background;
+        self
+    }
+}
+
+impl IntoFuture for Register {
+    type Output = Result<Registration, Error>;
+    type IntoFuture = BoxFuture<'static, Result<Registration, Error>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        let Self {
+            home,
+            session,
+            first,
+        } = self;
+        Box::pin(async move {
+            let runtime = keeper::current_runtime()?;
+            session.validate()?;
+            // What the format cannot hold is better said here than in a log.
+            codec::encode(&*home.codec, &session, 1)?;
+            let session = Arc::new(session);
+            let board = Board::new();
+            // One at a time: a handle has one owner.
+            let (updates, updated) = mpsc::channel(1);
+            let (release, released) = oneshot::channel();
+            let (outcome, told) = oneshot::channel();
+            let handle = Arc::new(());
+            let weak = Arc::downgrade(&handle);
+            let keeper = Keeper::new(home, session.clone(), board.clone(), updated, weak);
+            let task = runtime.spawn(keeper.run(first, outcome, released));
+            let registration = Registration {
+                session,
+                board,
+                updates,
+                release: Some(release),
+                _handle: handle,
+                task: task.abort_handle(),
+            };
+            match told.await {
+                Ok(Ok(())) => Ok(registration),
+                Ok(Err(error)) => Err(error),
+                Err(_) => Err(registration.ended()),
+            }
+        })
+    }
 }
 
 // === impl Registration ===
 
 impl Registration {
-    pub(crate) fn new(session: Arc<Session>, hold: Box<dyn Hold>) -> Self {
-        Self {
-            session,
-            hold: Some(hold),
-        }
-    }
-
-    /// The session as it was last written.
+    /// The session as it was last given to the registry.
     pub fn session(&self) -> &Session {
         &self.session
     }
 
-    /// Changes what the session says; its role and its id stay. Those who know it hear of it, and their
-    /// connections stay, unless it is the address that changes.
+    /// Where it stands at this moment.
+    pub fn state(&self) -> RegistrationState {
+        self.board.state.borrow().clone()
+    }
+
+    /// What happens to it, beginning with where it stands.
+    pub fn events(&self) -> RegistrationEvents {
+        self.board.events()
+    }
+
+    /// Waits until the registry has it, and an exclusive one is active; returns its generation.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::SessionDeleted`] if it has ended. It has no time limit of its own.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future changes nothing.
+    pub async fn registered(&self) -> Result<u64, Error> {
+        let mut states = self.board.state.subscribe();
+        let settled = states.wait_for(|state| {
+            matches!(
+                state,
+                RegistrationState::Registered { .. }
+                    | RegistrationState::Unreachable { .. }
+                    | RegistrationState::Ended
+            )
+        });
+        match settled.await.as_deref() {
+            Ok(
+                RegistrationState::Registered { generation }
+                | RegistrationState::Unreachable { generation, .. },
+            ) => Ok(*generation),
+            _ => Err(self.ended()),
+        }
+    }
+
+    /// Changes what the session says; its role, its id and whether it is exclusive stay. Those who know it hear
+    /// of it, and their connections stay, unless it is the address that changes.
+    ///
+    /// Only its own generation is written over. While the registry does not have it (it was lost, or taken, or
+    /// stands by) the change is kept, and written when it is registered again.
     ///
     /// With another address it is the same instance, of the same generation, that has moved. Those who are
     /// connected to the old address give it no new calls, let the calls in flight there finish within their
@@ -89,10 +367,9 @@ impl Registration {
     ///
     /// # Errors
     ///
-    /// [`Kind::Invalid`] if the changed session cannot work, or has another role or id, or, with a registry that
-    /// does I/O, outside a tokio runtime;
-    /// [`Kind::RegistryUnreachable`] if the registry does not answer; [`Kind::SessionDeleted`] if the record is no
-    /// longer there, or no longer this session's.
+    /// [`Kind::Invalid`] if the changed session cannot work, or is another by role or id;
+    /// [`Kind::RegistryUnreachable`] if the registry has it and does not answer; [`Kind::SessionDeleted`] if the
+    /// runtime that it was made on has ended.
     ///
     /// # Cancel safety
     ///
@@ -101,14 +378,20 @@ impl Registration {
     pub async fn update(&mut self, change: impl FnOnce(Session) -> Session) -> Result<(), Error> {
         let session = Arc::new(change(Session::clone(&self.session)));
         session.validate()?;
-        if session.role() != self.session.role() || session.id() != self.session.id() {
-            let why = "its role and its id make it itself and cannot change; register another";
+        if session.role() != self.session.role()
+            || session.id() != self.session.id()
+            || session.is_exclusive() != self.session.is_exclusive()
+        {
+            let why = "its role, its id and whether it is exclusive make it itself and cannot change; register another";
             return Err(Error::invalid("session", why));
         }
-        let Some(hold) = &self.hold else {
-            return Err(Error::new(Kind::SessionDeleted));
+        let (reply, written) = oneshot::channel();
+        let update = Update {
+            session: session.clone(),
+            reply,
         };
-        hold.write(&session).await?;
+        self.updates.send(update).await.map_err(|_| self.ended())?;
+        written.await.map_err(|_| self.ended())??;
         self.session = session;
         Ok(())
     }
@@ -127,31 +410,29 @@ impl Registration {
     ///
     /// # Errors
     ///
-    /// [`Kind::RegistryUnreachable`] if the registry does not answer: then the session ends with its TTL.
+    /// [`Kind::RegistryUnreachable`] if the registry does not answer, and [`Kind::SessionDeleted`] if the runtime
+    /// that it was made on has ended: then the session ends with its TTL.
     ///
     /// # Cancel safety
     ///
-    /// When the future is dropped, the session may live on until its TTL is over.
+    /// When the future is dropped, it goes on in the background.
     pub async fn deregister(mut self) -> Result<(), Error> {
-        match self.hold.take() {
-            Some(hold) => hold.release().await,
-            None => Ok(()),
+        let (reply, released) = oneshot::channel();
+        if let Some(release) = self.release.take() {
+            let _ = release.send(reply);
         }
+        released.await.map_err(|_| self.ended())?
     }
 
     /// Leaves the session to its TTL, as a process does that is killed; for tests.
-    pub fn abandon(mut self) {
-        if let Some(hold) = self.hold.take() {
-            hold.abandon();
-        }
+    pub fn abandon(self) {
+        self.task.abort();
     }
-}
 
-impl Drop for Registration {
-    fn drop(&mut self) {
-        if let Some(hold) = self.hold.take() {
-            hold.release_in_background();
-        }
+    fn ended(&self) -> Error {
+        Error::new(Kind::SessionDeleted)
+            .with_role(self.session.role_arc())
+            .with_reason("its registration has ended, with the runtime that it was made on")
     }
 }
 
@@ -159,26 +440,198 @@ impl fmt::Debug for Registration {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Registration")
             .field("session", &self.session)
-            .field("hold", &self.hold)
-            .finish()
+            .field("state", &*self.board.state.borrow())
+            .finish_non_exhaustive()
     }
 }
 
-/// The error of a session whose key is held by the record with this value.
-pub(crate) fn held_by(codec: &dyn Codec, root: &str, session: &Session, value: &[u8]) -> Error {
-    let key = codec.key(root, session);
-    let holder = match codec::decode(codec, root, session.role(), &key, value) {
-        Ok(Some(holder)) => {
-            let version = match holder.version() {
-                "" => String::new(),
-                version => format!(", version {version}"),
-            };
-            format!("instance {} at {}{version}", holder.id(), holder.address())
+// === impl Board ===
+
+impl Board {
+    pub(super) fn new() -> Self {
+        Self {
+            state: watch::Sender::new(RegistrationState::Registering { why: None }),
+            events: broadcast::Sender::new(EVENTS),
         }
-        Ok(None) => "a record that is no session of this role".to_owned(),
-        Err(bad) => format!("a record that is no session ({bad})"),
-    };
-    Error::new(Kind::AlreadyRegistered)
-        .with_role(session.role_arc())
-        .with_reason(format!("key {key} is held by {holder}"))
+    }
+
+    /// Both at once: a reader that comes now has the one or the other, and not both.
+    pub(super) fn tell(&self, state: RegistrationState, event: RegistrationEvent) {
+        self.state.send_modify(|current| {
+            if !matches!(current, RegistrationState::Ended) {
+                *current = state;
+                let _ = self.events.send(event);
+            }
+        });
+    }
+
+    /// Whether that is what was last told: that this one has its key.
+    pub(super) fn is_held_by(&self, holder: &Holder) -> bool {
+        match &*self.state.borrow() {
+            RegistrationState::Taken { by } => by == holder,
+            RegistrationState::StandBy { active } => active == holder,
+            _ => false,
+        }
+    }
+
+    /// A claim failed. That is news while it was never registered, and the first time; true if it was told.
+    pub(super) fn is_not_reached(&self, why: SharedError) -> bool {
+        let first = match &*self.state.borrow() {
+            RegistrationState::Registering { why } => why.is_none(),
+            _ => return false,
+        };
+        let state = RegistrationState::Registering {
+            why: Some(why.clone()),
+        };
+        if first {
+            self.tell(state, RegistrationEvent::Unreachable { why });
+        } else {
+            self.state.send_replace(state);
+        }
+        first
+    }
+
+    fn events(&self) -> RegistrationEvents {
+        let state = self.state.borrow();
+        let events = self.events.subscribe();
+        let first = match &*state {
+            RegistrationState::Registering { why } => {
+                let why = why.clone();
+                why.map(|why| RegistrationEvent::Unreachable { why })
+            }
+            RegistrationState::Registered { generation } => Some(RegistrationEvent::Registered {
+                generation: *generation,
+            }),
+            RegistrationState::Unreachable { why, .. } => {
+                Some(RegistrationEvent::Unreachable { why: why.clone() })
+            }
+            RegistrationState::Lost { why } => Some(RegistrationEvent::Lost { why: why.clone() }),
+            RegistrationState::Taken { by } => Some(RegistrationEvent::Taken { by: by.clone() }),
+            RegistrationState::StandBy { active } => Some(RegistrationEvent::StandingBy {
+                active: active.clone(),
+            }),
+            RegistrationState::Ended => Some(RegistrationEvent::Ended),
+        };
+        drop(state);
+        let all = stream::unfold(Some((first, events)), async |rest| {
+            let (mut first, mut events) = rest?;
+            let event = loop {
+                if let Some(first) = first.take() {
+                    break first;
+                }
+                match events.recv().await {
+                    Ok(event) => break event,
+                    Err(broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(broadcast::error::RecvError::Closed) => return None,
+                }
+            };
+            let over = matches!(event, RegistrationEvent::Ended);
+            Some((event, (!over).then_some((None, events))))
+        });
+        RegistrationEvents {
+            inner: Box::pin(all),
+        }
+    }
+}
+
+// === impl RegistrationEvents ===
+
+impl Stream for RegistrationEvents {
+    type Item = RegistrationEvent;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.inner.as_mut().poll_next(cx)
+    }
+}
+
+impl fmt::Debug for RegistrationEvents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RegistrationEvents").finish_non_exhaustive()
+    }
+}
+
+// === impl Holder ===
+
+impl Holder {
+    /// Who has the record.
+    pub(super) fn of(home: &Home, role: &str, record: &Record) -> Self {
+        let key = String::from_utf8_lossy(&record.key);
+        let decoded = codec::decode(&*home.codec, &home.root, role, &key, &record.value);
+        let (session, words) = match decoded {
+            Ok(Some(session)) => {
+                let version = match session.version() {
+                    "" => String::new(),
+                    version => format!(", version {version}"),
+                };
+                let words = format!(
+                    "instance {} at {}{version}",
+                    session.id(),
+                    session.address()
+                );
+                (Some(Arc::new(session)), words)
+            }
+            Ok(None) => (None, "a record that is no session of this role".to_owned()),
+            Err(bad) => (None, format!("a record that is no session ({bad})")),
+        };
+        Self {
+            session,
+            generation: record.created,
+            words: words.into(),
+        }
+    }
+
+    /// Its session, if what stands there is one.
+    pub fn session(&self) -> Option<&Session> {
+        self.session.as_deref()
+    }
+
+    /// The registry's revision at which it came to hold the key.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.words)
+    }
+}
+
+// === impl Display ===
+
+impl fmt::Display for RegistrationState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Registering { why: None } => f.write_str("registering"),
+            Self::Registering { why: Some(why) } => write!(f, "not registered yet: {why}"),
+            Self::Registered { generation } => write!(f, "registered, generation {generation}"),
+            Self::Unreachable {
+                generation, why, ..
+            } => {
+                write!(
+                    f,
+                    "registered, generation {generation}, but not confirmed: {why}"
+                )
+            }
+            Self::Lost { why } => write!(f, "lost, being registered again: {why}"),
+            Self::Taken { by } => write!(f, "its key is taken by {by}"),
+            Self::StandBy { active } => write!(f, "standing by; active is {active}"),
+            Self::Ended => f.write_str("ended"),
+        }
+    }
+}
+
+impl fmt::Display for RegistrationEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Registered { generation } => write!(f, "registered, generation {generation}"),
+            Self::Unreachable { why } => write!(f, "not confirmed: {why}"),
+            Self::Reachable => f.write_str("confirmed again"),
+            Self::Lost { why } => write!(f, "lost: {why}"),
+            Self::Restored { generation } => write!(f, "restored, generation {generation}"),
+            Self::Taken { by } => write!(f, "its key is taken by {by}"),
+            Self::StandingBy { active } => write!(f, "standing by; active is {active}"),
+            Self::Ended => f.write_str("ended"),
+        }
+    }
 }

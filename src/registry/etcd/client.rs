@@ -1,67 +1,64 @@
-//! The requests that we make of etcd, each with its bound.
+//! The requests that we make of etcd, each with its bound. All of them may be made twice.
 
 use std::{
     fmt,
     future::{Future, ready},
-    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
-use bytes::Bytes;
 use futures_util::stream;
-use tokio::runtime;
+use tokio::{
+    sync::{Mutex, mpsc},
+    time::Instant,
+};
 use tonic::{Code, Request, Response, Status, Streaming, metadata::MetadataValue};
 
-use super::pb::{
-    self,
-    compare::{CompareResult, CompareTarget, TargetUnion},
-    kv_client::KvClient,
-    lease_client::LeaseClient,
-    request_op, response_op,
-    watch_client::WatchClient,
-    watch_request::RequestUnion,
+use super::{
+    failure::Failure,
+    members::{Member, Members},
+    pb::{
+        self, auth_client::AuthClient, kv_client::KvClient, lease_client::LeaseClient,
+        watch_client::WatchClient, watch_request::RequestUnion,
+    },
 };
-use crate::{
-    Backoff, Pool,
-    error::{Error, Kind},
-    pool::PoolConfig,
-    registry::{Fixed, Registry as _},
-    transport::{Connection, Connector},
-};
+use crate::{Pool, transport::Connection};
 
 /// How long a request may take unless it is said otherwise.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The members of an etcd cluster, as a pool.
-pub(super) struct Client {
-    members: Fixed,
-    // Made at first use: that needs a runtime, and making a registry does not. Made anew when its runtime
-    // has ended.
-    pool: Mutex<Option<Pool<Connection>>>,
-}
+/// How old a token has to be before a refusal may be for its age.
+const NEW_TOKEN: Duration = Duration::from_secs(10);
 
-/// What a conditional write comes to.
-pub(super) enum Written {
-    Done,
-    /// The condition did not hold; what stands under the key, if anything.
-    Refused(Option<pb::KeyValue>),
-}
-
-/// A request that came to nothing.
+/// An etcd cluster, and who we are there.
 #[derive(Debug)]
-pub(super) struct Failure {
-    what: &'static str,
-    status: Status,
+pub(super) struct Client {
+    members: Members,
+    user: Option<User>,
+}
+
+/// A user of etcd's own authentication.
+pub(super) struct User {
+    name: String,
+    password: String,
+    /// None until it was asked for. Held while it is: many requests fail together, and one asks.
+    token: Mutex<Option<(Token, Instant)>>,
+}
+
+/// What a request is sent with; empty where etcd does not ask who we are.
+type Token = Option<MetadataValue<tonic::metadata::Ascii>>;
+
+/// A watch as etcd has it, and the member that it is on.
+pub(super) struct Watched {
+    pub(super) messages: Streaming<pb::WatchResponse>,
+    requests: mpsc::Sender<pb::WatchRequest>,
+    member: Member,
 }
 
 // === impl Client ===
 
 impl Client {
-    pub(super) fn new(members: Fixed) -> Self {
-        Self {
-            members,
-            pool: Mutex::new(None),
-        }
+    pub(super) fn new(members: Members, user: Option<User>) -> Self {
+        Self { members, user }
     }
 
     pub(super) async fn range(
@@ -69,35 +66,24 @@ impl Client {
         request: pb::RangeRequest,
         timeout: Duration,
     ) -> Result<pb::RangeResponse, Failure> {
-        // A page of huge values has to be read to be skipped.
-        let mut kv = KvClient::new(self.pool()?).max_decoding_message_size(usize::MAX);
-        bounded("list", timeout, kv.range(request)).await
+        let list = |pool, request| async move {
+            // A page of huge values has to be read to be skipped.
+            let mut kv = KvClient::new(pool).max_decoding_message_size(usize::MAX);
+            kv.range(request).await
+        };
+        self.ask("list", timeout, request, list).await
     }
 
-    /// Writes a key under a lease if it does not exist.
-    pub(super) async fn create(
+    pub(super) async fn txn(
         &self,
-        key: Bytes,
-        value: Bytes,
-        lease: i64,
+        request: pb::TxnRequest,
         timeout: Duration,
-    ) -> Result<Written, Failure> {
-        let free = (CompareTarget::Version, TargetUnion::Version(0));
-        self.put_if(free, key, value, lease, timeout).await
+    ) -> Result<pb::TxnResponse, Failure> {
+        let write = |pool, request| async move { KvClient::new(pool).txn(request).await };
+        self.ask("write a record", timeout, request, write).await
     }
 
-    /// Writes a key under its lease if it is still under that.
-    pub(super) async fn replace(
-        &self,
-        key: Bytes,
-        value: Bytes,
-        lease: i64,
-        timeout: Duration,
-    ) -> Result<Written, Failure> {
-        let ours = (CompareTarget::Lease, TargetUnion::Lease(lease));
-        self.put_if(ours, key, value, lease, timeout).await
-    }
-
+    /// Grants a lease; that there is one of this id is no failure.
     pub(super) async fn grant(
         &self,
         id: i64,
@@ -109,20 +95,31 @@ impl Client {
             ttl: i64::try_from(seconds).unwrap_or(i64::MAX),
             id,
         };
-        let mut leases = LeaseClient::new(self.pool()?);
-        let granted = bounded("grant a lease", timeout, leases.lease_grant(request)).await?;
-        match granted.error.as_str() {
-            "" => Ok(()),
-            why => Err(Failure::new("grant a lease", Status::unknown(why))),
+        let grant =
+            |pool, request| async move { LeaseClient::new(pool).lease_grant(request).await };
+        match self.ask("grant a lease", timeout, request, grant).await {
+            // From an earlier request of ours, for ids are random: it has been running since.
+            Err(failure) if failure.code() == Code::FailedPrecondition => {
+                match self.keep_alive(id, timeout).await? {
+                    true => Ok(()),
+                    false => Err(failure),
+                }
+            }
+            Err(failure) => Err(failure),
+            Ok(granted) => match granted.error.as_str() {
+                "" => Ok(()),
+                why => Err(Failure::new("grant a lease", Status::unknown(why))),
+            },
         }
     }
 
     /// Ends a lease and what is under it; that it is gone already is no failure.
     pub(super) async fn revoke(&self, id: i64, timeout: Duration) -> Result<(), Failure> {
-        let mut leases = LeaseClient::new(self.pool()?);
         let request = pb::LeaseRevokeRequest { id };
-        match bounded("revoke a lease", timeout, leases.lease_revoke(request)).await {
-            Err(failure) if failure.status.code() == Code::NotFound => Ok(()),
+        let revoke =
+            |pool, request| async move { LeaseClient::new(pool).lease_revoke(request).await };
+        match self.ask("revoke a lease", timeout, request, revoke).await {
+            Err(failure) if failure.code() == Code::NotFound => Ok(()),
             result => result.map(drop),
         }
     }
@@ -132,11 +129,11 @@ impl Client {
     /// A stream for each beat costs little, and each goes to a member that is well: there is no stream to
     /// mend when one is not.
     pub(super) async fn keep_alive(&self, id: i64, timeout: Duration) -> Result<bool, Failure> {
-        let mut leases = LeaseClient::new(self.pool()?);
-        let request = stream::once(ready(pb::LeaseKeepAliveRequest { id }));
-        let answer = async {
-            let mut answers = leases
-                .lease_keep_alive(with_leader(request))
+        let request = pb::LeaseKeepAliveRequest { id };
+        let beat = |pool, request: Request<pb::LeaseKeepAliveRequest>| async move {
+            let request = with_leader(request.map(|beat| stream::once(ready(beat))));
+            let mut answers = LeaseClient::new(pool)
+                .lease_keep_alive(request)
                 .await?
                 .into_inner();
             let answer = answers.message().await?;
@@ -144,7 +141,10 @@ impl Client {
                 .map(Response::new)
                 .ok_or_else(|| Status::unavailable("the stream ended"))
         };
-        Ok(bounded("keep a lease alive", timeout, answer).await?.ttl > 0)
+        let answer = self
+            .ask("keep a lease alive", timeout, request, beat)
+            .await?;
+        Ok(answer.ttl > 0)
     }
 
     /// A watch, as etcd has it: its first message says that it is created.
@@ -152,162 +152,170 @@ impl Client {
         &self,
         request: pb::WatchCreateRequest,
         timeout: Duration,
-    ) -> Result<Streaming<pb::WatchResponse>, Failure> {
+    ) -> Result<Watched, Failure> {
         let request = pb::WatchRequest {
             request_union: Some(RequestUnion::CreateRequest(request)),
         };
-        // The stream of requests has to stay open: its end is the watch's.
-        let requests = stream::StreamExt::chain(stream::once(ready(request)), stream::pending());
-        let mut watches = WatchClient::new(self.pool()?).max_decoding_message_size(usize::MAX);
-        bounded("watch", timeout, watches.watch(with_leader(requests))).await
-    }
-
-    async fn put_if(
-        &self,
-        (target, value_is): (CompareTarget, TargetUnion),
-        key: Bytes,
-        value: Bytes,
-        lease: i64,
-        timeout: Duration,
-    ) -> Result<Written, Failure> {
-        let op = |request| pb::RequestOp {
-            request: Some(request),
-        };
-        let request = pb::TxnRequest {
-            compare: vec![pb::Compare {
-                result: CompareResult::Equal.into(),
-                target: target.into(),
-                key: key.clone(),
-                target_union: Some(value_is),
-            }],
-            failure: vec![op(request_op::Request::RequestRange(pb::RangeRequest {
-                key: key.clone(),
-                ..Default::default()
-            }))],
-            success: vec![op(request_op::Request::RequestPut(pb::PutRequest {
-                key,
-                value,
-                lease,
-            }))],
-        };
-        let mut kv = KvClient::new(self.pool()?);
-        let answer = bounded("write a session", timeout, kv.txn(request)).await?;
-        if answer.succeeded {
-            return Ok(Written::Done);
-        }
-        let there = answer
-            .responses
-            .into_iter()
-            .find_map(|op| match op.response {
-                Some(response_op::Response::ResponseRange(range)) => range.kvs.into_iter().next(),
-                _ => None,
+        // The stream of requests stays open, for its end is the watch's, and takes questions later on.
+        let watch = |pool, request: Request<pb::WatchRequest>| async move {
+            let (requests, more) = mpsc::channel(1);
+            let request = request.map(|first| {
+                let more = stream::unfold(more, async |mut more| Some((more.recv().await?, more)));
+                stream::StreamExt::chain(stream::once(ready(first)), more)
             });
-        Ok(Written::Refused(there))
+            let mut watches = WatchClient::new(pool).max_decoding_message_size(usize::MAX);
+            let watching = watches.watch(with_leader(request)).await?;
+            Ok(watching.map(|messages| (messages, requests)))
+        };
+        let asked = self.ask_member("watch", timeout, request, watch).await;
+        let ((messages, requests), member) = asked?;
+        Ok(Watched {
+            messages,
+            requests,
+            member,
+        })
     }
 
-    fn pool(&self) -> Result<Pool<Connection>, Failure> {
-        self.made()
-            .map_err(|error| Failure::new("get a call", error))
+    /// This watch's member has gone silent.
+    pub(super) fn suspect(&self, watched: &Watched) {
+        self.members.suspect(&watched.member);
     }
 
-    fn made(&self) -> Result<Pool<Connection>, Error> {
-        // A request has a timer, so it needs a runtime even where the pool is made.
-        current_runtime("registry")?;
-        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pool) = pool.as_ref().filter(|pool| pool.is_running()) {
-            return Ok(pool.clone());
+    /// A watch was refused for this reason. etcd 3.4 knows no other word than "permission denied" for a token that
+    /// it has forgotten, so that is replaced, unless it is new: then it is the user that may not watch.
+    pub(super) async fn is_refused(&self, reason: &str) {
+        if let Some(user) = &self.user
+            && (reason.contains("permission denied") || reason.contains("auth"))
+        {
+            let mut token = user.token.lock().await;
+            let is_old = |(_, since): &(Token, Instant)| since.elapsed() > NEW_TOKEN;
+            token.take_if(|token| is_old(token));
         }
-        let ms = Duration::from_millis;
-        // An etcd that is away is dialled for as long as anybody wants it, twice a second.
-        let config = PoolConfig::default()
-            .attempts(1000)?
-            .backoff(Backoff::new(ms(100), 1.5, ms(500), 0.2)?)
-            .probe(Some(Backoff::constant(ms(500), 0.2)?))
-            .attempt_timeout(ms(2000))?
-            .max_wait(ms(2000))?;
-        // A watch is a call, so a connection that is in use is never idle.
-        let connector = Connector::new()
-            .keepalive(Some(Duration::from_secs(5)), Duration::from_secs(3))?
-            .keepalive_while_idle(false);
-        let updates = self.members.discover("etcd")?.updates();
-        let new: Pool<Connection> = Pool::new("etcd", config, updates, connector)?;
-        *pool = Some(new.clone());
+    }
+
+    async fn ask<M, T, F>(
+        &self,
+        what: &'static str,
+        timeout: Duration,
+        message: M,
+        call: impl Fn(Pool<Connection>, Request<M>) -> F,
+    ) -> Result<T, Failure>
+    where
+        M: Clone,
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let asked = self.ask_member(what, timeout, message, call).await;
+        asked.map(|(answer, _)| answer)
+    }
+
+    /// The answer, and who gave it. A token that etcd does not know is replaced, once.
+    async fn ask_member<M, T, F>(
+        &self,
+        what: &'static str,
+        timeout: Duration,
+        message: M,
+        call: impl Fn(Pool<Connection>, Request<M>) -> F,
+    ) -> Result<(T, Member), Failure>
+    where
+        M: Clone,
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let mut again = self.user.is_some();
+        loop {
+            let token = self.token(timeout).await?;
+            let asked = self.members.ask(what, timeout, |pool| {
+                let mut request = Request::new(message.clone());
+                if let Some(token) = &token {
+                    request.metadata_mut().insert("token", token.clone());
+                }
+                call(pool, request)
+            });
+            match asked.await {
+                Err(failure) if again && failure.wants_token() => {
+                    again = false;
+                    self.replace_token(&token).await;
+                }
+                asked => return asked,
+            }
+        }
+    }
+
+    /// The token to send, asked for if there is none.
+    async fn token(&self, timeout: Duration) -> Result<Token, Failure> {
+        let Some(user) = &self.user else {
+            return Ok(None);
+        };
+        let mut token = user.token.lock().await;
+        if let Some((token, _)) = &*token {
+            return Ok(token.clone());
+        }
+        let request = pb::AuthenticateRequest {
+            name: user.name.clone(),
+            password: user.password.clone(),
+        };
+        let what = "authenticate";
+        let prove = |pool| {
+            let request = request.clone();
+            async move { AuthClient::new(pool).authenticate(request).await }
+        };
+        let new = match self.members.ask(what, timeout, prove).await {
+            Ok((answer, _)) => {
+                let mut value = MetadataValue::try_from(answer.token)
+                    .map_err(|_| Failure::new(what, Status::internal("its token is no text")))?;
+                value.set_sensitive(true);
+                Some(value)
+            }
+            // Authentication is not turned on: then nobody is asked who he is.
+            Err(failure) if failure.code() == Code::FailedPrecondition => None,
+            Err(failure) => return Err(failure),
+        };
+        *token = Some((new.clone(), Instant::now()));
         Ok(new)
     }
-}
 
-impl fmt::Debug for Client {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Client")
-            .field("members", &self.members)
-            .finish_non_exhaustive()
-    }
-}
-
-// === impl Failure ===
-
-impl Failure {
-    fn new(what: &'static str, why: impl Into<Status>) -> Self {
-        let status = why.into();
-        Self { what, status }
-    }
-}
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "etcd did not {}: ", self.what)?;
-        match self.status.message() {
-            "" => self.status.code().fmt(f),
-            message => f.write_str(message),
+    /// Forgets a token that was refused, unless somebody has replaced it already.
+    async fn replace_token(&self, refused: &Token) {
+        if let Some(user) = &self.user {
+            let mut token = user.token.lock().await;
+            token.take_if(|(token, _)| token == refused);
         }
     }
 }
 
-impl std::error::Error for Failure {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(&self.status)
+// === impl User ===
+
+impl User {
+    pub(super) fn new(name: String, password: String) -> Self {
+        Self {
+            name,
+            password,
+            token: Mutex::new(None),
+        }
     }
 }
 
-impl From<Failure> for Error {
-    fn from(Failure { what, status }: Failure) -> Self {
-        let kind = match status.code() {
-            // etcd is away, or has no leader, or is too slow.
-            Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => {
-                Kind::RegistryUnreachable
-            }
-            // Ours, and not etcd's: there is no runtime.
-            Code::InvalidArgument if Self::of(&status).is_some() => Kind::Invalid,
-            _ => Kind::Service,
-        };
-        let error = Self::new(kind).with_reason(format!("etcd did not {what}"));
-        error.with_source(status)
+impl fmt::Debug for User {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("User").field(&self.name).finish()
     }
 }
 
-/// The runtime that this is polled on; [`Kind::Invalid`] if there is none.
-pub(super) fn current_runtime(what: &'static str) -> Result<runtime::Handle, Error> {
-    runtime::Handle::try_current()
-        .map_err(|error| Error::invalid(what, "used outside a tokio runtime").with_source(error))
+// === impl Watched ===
+
+impl Watched {
+    /// Asks how far it has come; the answer is a sign of life.
+    pub(super) fn ask_for_progress(&self) {
+        let request = RequestUnion::ProgressRequest(pb::WatchProgressRequest {});
+        // A question that waits to be sent is enough.
+        let _ = self.requests.try_send(pb::WatchRequest {
+            request_union: Some(request),
+        });
+    }
 }
 
 /// A member that has lost its cluster ends the stream instead of going quiet.
-fn with_leader<T>(message: T) -> Request<T> {
-    let mut request = Request::new(message);
+fn with_leader<T>(mut request: Request<T>) -> Request<T> {
     let metadata = request.metadata_mut();
     metadata.insert("hasleader", MetadataValue::from_static("true"));
     request
-}
-
-async fn bounded<T>(
-    what: &'static str,
-    timeout: Duration,
-    call: impl Future<Output = Result<Response<T>, Status>>,
-) -> Result<T, Failure> {
-    let status = match tokio::time::timeout(timeout, call).await {
-        Ok(Ok(response)) => return Ok(response.into_inner()),
-        Ok(Err(status)) => status,
-        Err(_) => Status::deadline_exceeded(format!("no answer within {timeout:?}")),
-    };
-    Err(Failure { what, status })
 }

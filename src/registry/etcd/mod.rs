@@ -5,24 +5,24 @@
 //! keepalive.
 
 mod client;
-mod lease;
-mod listing;
+mod failure;
+mod members;
+mod store;
 
 use std::{collections::BTreeSet, fmt, sync::Arc, time::Duration};
 
-use bytes::Bytes;
-
-use self::{client::Client, lease::Lease};
+use self::{
+    client::{Client, User},
+    members::Members,
+    store::EtcdStore,
+};
 use super::{
-    Codec, Fixed, Naming, Registration, Registry, Session,
-    registration::held_by,
-    session::{check_address, check_prefix, check_role},
+    Codec, Fixed, Register, Registry, Session,
+    home::{self, Home},
+    session::{check_address, check_prefix},
 };
 use crate::{
-    Backoff,
-    backoff::check_duration,
-    discover::{Discovery, Settings, default_backoff},
-    error::Error,
+    Backoff, backoff::check_duration, discover::Discovery, error::Error, transport::Connector,
 };
 
 /// Generated from `proto/etcd.proto`; `tests/generated.rs` checks that it is current.
@@ -61,11 +61,18 @@ mod pb {
 #[derive(Clone)]
 pub struct EtcdRegistry {
     client: Arc<Client>,
-    codec: Arc<dyn Codec>,
-    root: Arc<str>,
-    ttl: Duration,
+    home: Home,
     timeout: Duration,
     backoff: Backoff,
+}
+
+/// Configures an [`EtcdRegistry`] whose etcd asks who one is; see [`EtcdRegistry::builder`].
+#[derive(Debug)]
+#[must_use = "a builder does nothing until it connects"]
+pub struct EtcdBuilder {
+    endpoints: Vec<String>,
+    prefix: String,
+    user: Option<(String, String)>,
 }
 
 // === impl EtcdRegistry ===
@@ -87,27 +94,22 @@ impl EtcdRegistry {
         endpoints: impl IntoIterator<Item = E>,
         prefix: impl AsRef<str>,
     ) -> Result<Self, Error> {
-        let prefix = prefix.as_ref();
-        check_prefix(prefix)?;
-        let mut addresses = BTreeSet::new();
-        for endpoint in endpoints {
-            addresses.insert(address_of(endpoint.as_ref())?.to_owned());
+        Self::builder(endpoints, prefix).connect().await
+    }
+
+    /// A registry as by [`EtcdRegistry::connect`], of an etcd that asks who one is.
+    pub fn builder<E: AsRef<str>>(
+        endpoints: impl IntoIterator<Item = E>,
+        prefix: impl AsRef<str>,
+    ) -> EtcdBuilder {
+        EtcdBuilder {
+            endpoints: endpoints
+                .into_iter()
+                .map(|endpoint| endpoint.as_ref().to_owned())
+                .collect(),
+            prefix: prefix.as_ref().to_owned(),
+            user: None,
         }
-        if addresses.is_empty() {
-            let why = "none is given; at least one http://host:port is needed";
-            return Err(Error::invalid("endpoints", why));
-        }
-        let members = addresses
-            .into_iter()
-            .map(|address| Session::new("etcd", address));
-        Ok(Self {
-            client: Arc::new(Client::new(Fixed::new(members)?)),
-            codec: Arc::new(Naming),
-            root: prefix.into(),
-            ttl: Self::TTL,
-            timeout: client::TIMEOUT,
-            backoff: default_backoff(),
-        })
     }
 
     /// How long a session that is registered through this handle outlives its process. Default 10 s; 1 s to
@@ -117,11 +119,12 @@ impl EtcdRegistry {
     ///
     /// [`Kind::Invalid`](crate::Kind::Invalid) outside these bounds.
     pub fn with_ttl(mut self, ttl: Duration) -> Result<Self, Error> {
-        self.ttl = check_duration("TTL", ttl, Duration::from_secs(1), Backoff::LONGEST)?;
+        self.home.ttl = check_duration("TTL", ttl, Duration::from_secs(1), Backoff::LONGEST)?;
         Ok(self)
     }
 
-    /// How long one request to etcd through this handle may take. Default 5 s; 10 ms to 10 min.
+    /// How long one request to etcd through this handle may take, all attempts at several members together.
+    /// Default 5 s; 10 ms to 10 min. Handles that are cloned from it share its watches, and no others do.
     ///
     /// # Errors
     ///
@@ -129,68 +132,116 @@ impl EtcdRegistry {
     pub fn with_timeout(mut self, timeout: Duration) -> Result<Self, Error> {
         let (least, most) = (Duration::from_millis(10), Duration::from_secs(600));
         self.timeout = check_duration("timeout", timeout, least, most)?;
+        self.watch_anew();
         Ok(self)
     }
 
     /// How discovery through this handle tries again while etcd cannot be reached. Default 100 ms × 2,
-    /// ± 20 %, at most 1 s.
+    /// ± 20 %, at most 1 s. Handles that are cloned from it share its watches, and no others do.
     #[must_use]
     pub fn with_backoff(mut self, backoff: Backoff) -> Self {
         self.backoff = backoff;
+        self.watch_anew();
         self
     }
 
     /// How sessions are written and read through this handle. Default [`Naming`].
     #[must_use]
     pub fn with_codec(mut self, codec: impl Codec) -> Self {
-        self.codec = Arc::new(codec);
+        self.home.codec = Arc::new(codec);
         self
     }
 
-    /// Registers a session under a lease, and keeps the lease alive in the background until the handle is
-    /// dropped.
-    ///
-    /// A lease that ran out all the same, because etcd was away for longer than the TTL, is granted anew
-    /// and the session written again, unless somebody else has its key by then.
+    /// Registers a session under a lease, and keeps it alive in the background until the handle is dropped.
+    /// What is lost is registered again. See [`Register`] for what can be chosen, and for its errors.
+    pub fn register(&self, session: Session) -> Register {
+        Register::new(self.home.clone(), session)
+    }
+
+    /// An id that no other session under this prefix was given: the value of a counter in etcd, from 1, under
+    /// [`Codec::counter`].
     ///
     /// # Errors
     ///
-    /// [`Kind::Invalid`](crate::Kind::Invalid) if the session cannot work, or outside a tokio runtime;
-    /// [`Kind::AlreadyRegistered`](crate::Kind::AlreadyRegistered), naming the holder, if its key is held, if only
-    /// by a process that is gone and whose TTL is not over;
-    /// [`Kind::RegistryUnreachable`](crate::Kind::RegistryUnreachable) if etcd does not answer.
+    /// [`Kind::RegistryUnreachable`](crate::Kind::RegistryUnreachable) if etcd does not answer;
+    /// [`Kind::Invalid`](crate::Kind::Invalid) if what stands under the counter's key is no number, or outside a
+    /// tokio runtime; [`Kind::Service`](crate::Kind::Service) if too many others ask at the same time, 200 tries
+    /// in a row, or if etcd refuses.
     ///
     /// # Cancel safety
     ///
-    /// When the future is dropped the session may be there nevertheless, until its TTL is over.
-    pub async fn register(&self, session: Session) -> Result<Registration, Error> {
-        client::current_runtime("registry")?;
-        session.validate()?;
-        let key = Bytes::from(self.codec.key(&self.root, &session));
-        let value = Bytes::from(self.codec.encode(&session, 0)?);
-        let session = Arc::new(session);
-        let lease = Lease::new(self.clone(), key, session.clone());
-        match lease.establish(value).await? {
-            None => Ok(Registration::new(session, Box::new(lease.keep()))),
-            Some(holder) => Err(held_by(&*self.codec, &self.root, &session, &holder)),
-        }
+    /// When the future is dropped, or an answer is lost, an id may be skipped.
+    pub async fn allocate_id(&self) -> Result<u64, Error> {
+        self.home.allocate_id().await
+    }
+
+    fn watch_anew(&mut self) {
+        let store = EtcdStore {
+            client: self.client.clone(),
+            timeout: self.timeout,
+        };
+        self.home.watch_through(Arc::new(store), self.backoff);
     }
 }
 
 impl Registry for EtcdRegistry {
     fn discover(&self, role: &str) -> Result<Discovery, Error> {
-        check_role(role)?;
-        let store = listing::EtcdStore {
-            client: self.client.clone(),
-            timeout: self.timeout,
+        self.home.discover(role)
+    }
+}
+
+// === impl EtcdBuilder ===
+
+impl EtcdBuilder {
+    /// Proves to be this user of etcd's own authentication. The token that etcd gives for it is asked for anew
+    /// whenever etcd no longer knows it. Without TLS name and password can be read by whoever sees the traffic.
+    pub fn user(mut self, name: impl Into<String>, password: impl Into<String>) -> Self {
+        self.user = Some((name.into(), password.into()));
+        self
+    }
+
+    /// The registry. It does no I/O.
+    ///
+    /// # Errors
+    ///
+    /// As [`EtcdRegistry::connect`].
+    pub async fn connect(self) -> Result<EtcdRegistry, Error> {
+        let Self {
+            endpoints,
+            prefix,
+            user,
+        } = self;
+        check_prefix(&prefix)?;
+        let mut addresses = BTreeSet::new();
+        for endpoint in &endpoints {
+            addresses.insert(address_of(endpoint)?.to_owned());
+        }
+        if addresses.is_empty() {
+            let why = "none is given; at least one http://host:port is needed";
+            return Err(Error::invalid("endpoints", why));
+        }
+        let members = addresses
+            .into_iter()
+            .map(|address| Session::new("etcd", address));
+        // A watch is a call, so a connection that is in use is never idle. etcd takes more than one ping in
+        // 5 s for an attack.
+        let connector = Connector::new()
+            .keepalive(Some(Duration::from_secs(5)), Duration::from_secs(3))?
+            .keepalive_while_idle(false);
+        let members = Members::new(Fixed::new(members)?, connector);
+        let user = user.map(|(name, password)| User::new(name, password));
+        let client = Arc::new(Client::new(members, user));
+        let (timeout, backoff) = (client::TIMEOUT, home::backoff());
+        let store = EtcdStore {
+            client: client.clone(),
+            timeout,
         };
-        Ok(Discovery::of_store(Settings {
-            store: Arc::new(store),
-            codec: self.codec.clone(),
-            root: self.root.clone(),
-            role: role.into(),
-            backoff: self.backoff,
-        }))
+        Ok(EtcdRegistry {
+            client,
+            home: Home::new(Arc::new(store), backoff, prefix, EtcdRegistry::TTL),
+            timeout,
+            backoff,
+        })
     }
 }
 
@@ -198,9 +249,9 @@ impl fmt::Debug for EtcdRegistry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("EtcdRegistry")
             .field("client", &self.client)
-            .field("codec", &self.codec)
-            .field("prefix", &self.root)
-            .field("ttl", &self.ttl)
+            .field("codec", &self.home.codec)
+            .field("prefix", &self.home.root)
+            .field("ttl", &self.home.ttl)
             .finish_non_exhaustive()
     }
 }
@@ -228,6 +279,8 @@ fn address_of(endpoint: &str) -> Result<&str, Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::future::IntoFuture as _;
+
     use futures_util::{FutureExt as _, StreamExt as _};
     use tokio::time::{Instant, timeout};
 
@@ -285,7 +338,8 @@ mod tests {
 
         // When a session is registered outside of any
         let registering = registry.register(Session::new("echo", "h:1"));
-        let registered = registering.now_or_never().expect("it is refused at once");
+        let registered = registering.into_future().now_or_never();
+        let registered = registered.expect("it is refused at once");
 
         // Then that is an error that says so
         let error = registered.expect_err("there is no runtime");

@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use crate::registry::store::{Event, Listing, Record};
+use crate::registry::store::{Event, Listing, Record, Scope};
 
 /// How many events are kept for watches before the oldest are compacted away.
 const HISTORY: usize = 10_000;
@@ -20,23 +20,17 @@ pub(super) struct History {
     revision: u64,
     /// What happened up to here is gone.
     compacted: u64,
-    records: BTreeMap<Bytes, Stored>,
+    records: BTreeMap<Bytes, Record>,
     events: VecDeque<(u64, Event)>,
-    leases: BTreeMap<u64, Lease>,
-    /// The leases that nobody keeps alive, by when they are over.
-    ending: BTreeSet<(Instant, u64)>,
-    last_lease: u64,
-}
-
-#[derive(Debug)]
-struct Stored {
-    record: Record,
-    lease: Option<u64>,
+    leases: BTreeMap<i64, Lease>,
+    /// All leases, by when they are over.
+    ending: BTreeSet<(Instant, i64)>,
 }
 
 #[derive(Debug)]
 struct Lease {
     ttl: Duration,
+    until: Instant,
     keys: BTreeSet<Bytes>,
 }
 
@@ -55,7 +49,6 @@ impl History {
             events: VecDeque::new(),
             leases: BTreeMap::new(),
             ending: BTreeSet::new(),
-            last_lease: 0,
         }
     }
 
@@ -64,25 +57,22 @@ impl History {
     }
 
     pub(super) fn get(&self, key: &[u8]) -> Option<&Record> {
-        self.records.get(key).map(|stored| &stored.record)
+        self.records.get(key)
     }
 
-    pub(super) fn lease_of(&self, key: &[u8]) -> Option<u64> {
-        self.records.get(key)?.lease
-    }
-
-    pub(super) fn list(&self, prefix: &[u8]) -> Listing {
-        let from = (Bound::Included(prefix), Bound::Unbounded);
+    pub(super) fn list(&self, scope: &Scope) -> Listing {
+        let from = (Bound::Included(&**scope.start()), Bound::Unbounded);
         let records = self.records.range::<[u8], _>(from);
-        let records = records.take_while(|(key, _)| key.starts_with(prefix));
+        let records = records.take_while(|(key, _)| scope.covers(key));
         Listing {
-            records: records.map(|(_, stored)| stored.record.clone()).collect(),
+            records: records.map(|(_, record)| record.clone()).collect(),
             revision: self.revision,
+            cluster: 0,
         }
     }
 
-    /// What happened under the prefix from this revision on.
-    pub(super) fn since(&self, prefix: &[u8], from: u64) -> Result<Vec<Event>, Compacted> {
+    /// What happened in the scope from this revision on.
+    pub(super) fn since(&self, scope: &Scope, from: u64) -> Result<Vec<Event>, Compacted> {
         if from <= self.compacted {
             return Err(Compacted(self.compacted));
         }
@@ -90,37 +80,26 @@ impl History {
             .events
             .partition_point(|(revision, _)| *revision < from);
         let events = self.events.range(start..).map(|(_, event)| event);
-        let ours = events.filter(|event| {
-            let (Event::Put(Record { key, .. }) | Event::Delete(key)) = event;
-            key.starts_with(prefix)
-        });
+        let ours = events.filter(|event| scope.covers(event.key()));
         Ok(ours.cloned().collect())
     }
 
-    /// Writes the key, under this lease or none. False if the lease is gone.
-    pub(super) fn put(&mut self, key: Bytes, value: Bytes, lease: Option<u64>) -> bool {
-        if lease.is_some_and(|lease| !self.leases.contains_key(&lease)) {
+    /// Writes the key, under this lease or none (0). False if the lease is gone.
+    pub(super) fn put(&mut self, key: &Bytes, value: &[u8], lease: i64) -> bool {
+        if lease != 0 && !self.leases.contains_key(&lease) {
             return false;
         }
         self.revision += 1;
-        let old = self.records.remove(&key);
-        if let Some(lease) = old
-            .as_ref()
-            .and_then(|old| self.leases.get_mut(&old.lease?))
-        {
-            lease.keys.remove(&key);
-        }
-        if let Some(lease) = lease.and_then(|lease| self.leases.get_mut(&lease)) {
+        let created = match self.take(key) {
+            Some(old) => old.created,
+            None => self.revision,
+        };
+        if let Some(lease) = self.leases.get_mut(&lease) {
             lease.keys.insert(key.clone());
         }
-        let record = Record {
-            key: key.clone(),
-            value,
-            created: old.map_or(self.revision, |old| old.record.created),
-            modified: self.revision,
-        };
+        let record = Record::new(key, value, created, self.revision, lease);
         self.happened(Event::Put(record.clone()));
-        self.records.insert(key, Stored { record, lease });
+        self.records.insert(key.clone(), record);
         true
     }
 
@@ -134,29 +113,38 @@ impl History {
         true
     }
 
-    /// A lease that somebody keeps alive.
-    pub(super) fn grant(&mut self, ttl: Duration) -> u64 {
-        self.last_lease += 1;
+    /// A lease that is over after its TTL. One that is there already has the whole of its own once more.
+    pub(super) fn grant(&mut self, id: i64, ttl: Duration, now: Instant) {
+        if self.keep_alive(id, now) {
+            return;
+        }
+        let until = now + ttl;
         let lease = Lease {
             ttl,
+            until,
             keys: BTreeSet::new(),
         };
-        self.leases.insert(self.last_lease, lease);
-        self.last_lease
+        self.leases.insert(id, lease);
+        self.ending.insert((until, id));
     }
 
-    /// Nobody keeps it alive from now on.
-    pub(super) fn abandon(&mut self, id: u64, now: Instant) {
-        if let Some(lease) = self.leases.get(&id) {
-            self.ending.insert((now + lease.ttl, id));
-        }
+    /// Gives a lease its whole TTL once more. False if it is gone.
+    pub(super) fn keep_alive(&mut self, id: i64, now: Instant) -> bool {
+        let Some(lease) = self.leases.get_mut(&id) else {
+            return false;
+        };
+        self.ending.remove(&(lease.until, id));
+        lease.until = now + lease.ttl;
+        self.ending.insert((lease.until, id));
+        true
     }
 
     /// Ends a lease, and all records under it at one revision.
-    pub(super) fn revoke(&mut self, id: u64) {
+    pub(super) fn revoke(&mut self, id: i64) {
         let Some(lease) = self.leases.remove(&id) else {
             return;
         };
+        self.ending.remove(&(lease.until, id));
         if !lease.keys.is_empty() {
             self.revision += 1;
         }
@@ -171,7 +159,6 @@ impl History {
         while let Some((until, id)) = self.ending.first().copied()
             && until <= now
         {
-            self.ending.pop_first();
             self.revoke(id);
             any = true;
         }
@@ -186,8 +173,9 @@ impl History {
     /// Gives each lease its whole TTL once more: what a new leader of etcd does, which cannot know who
     /// would have been heard of meanwhile.
     pub(super) fn extend(&mut self, now: Instant) {
-        for (_, id) in std::mem::take(&mut self.ending) {
-            self.abandon(id, now);
+        let all: Vec<_> = self.leases.keys().copied().collect();
+        for id in all {
+            self.keep_alive(id, now);
         }
     }
 
@@ -204,12 +192,18 @@ impl History {
     }
 
     fn delete_at_this_revision(&mut self, key: &[u8]) {
-        if let Some(stored) = self.records.remove(key) {
-            if let Some(lease) = stored.lease.and_then(|lease| self.leases.get_mut(&lease)) {
-                lease.keys.remove(key);
-            }
-            self.happened(Event::Delete(stored.record.key));
+        if let Some(record) = self.take(key) {
+            self.happened(Event::Delete(record.key));
         }
+    }
+
+    /// Takes a record out, and out of its lease.
+    fn take(&mut self, key: &[u8]) -> Option<Record> {
+        let record = self.records.remove(key)?;
+        if let Some(lease) = self.leases.get_mut(&record.lease) {
+            lease.keys.remove(key);
+        }
+        Some(record)
     }
 
     fn happened(&mut self, event: Event) {

@@ -1,8 +1,7 @@
 //! A registry in this process.
 
 mod history;
-mod lease;
-mod listing;
+mod store;
 
 use std::{
     fmt,
@@ -13,14 +12,15 @@ use std::{
 use bytes::Bytes;
 use tokio::{sync::watch, time::Instant};
 
-use self::{history::History, lease::Held};
+use self::history::History;
 use super::{
-    Codec, Naming, Registration, Registry, Session, registration::held_by, session::check_role,
+    Codec, Register, Registry, Session,
+    home::{self, Home},
 };
 use crate::{
     Backoff,
     backoff::check_duration,
-    discover::{Discovery, Settings, default_backoff},
+    discover::Discovery,
     error::{Error, Kind},
 };
 
@@ -33,7 +33,7 @@ use crate::{
 /// watches; one that lags behind that lists anew, as after a compaction.
 ///
 /// A clone is another handle on the same registry. Making one needs no runtime; time is tokio's, so that
-/// expiry works in tests with paused time. There is no task: leases expire as somebody looks.
+/// expiry works in tests with paused time. Leases expire as somebody looks.
 ///
 /// ```
 /// use switchboard::{MemoryRegistry, Session};
@@ -41,21 +41,23 @@ use crate::{
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() -> Result<(), switchboard::Error> {
 /// let registry = MemoryRegistry::new();
-/// let echo = registry.register(Session::new("echo", "10.0.0.5:21123")).await?;
-/// let again = registry.register(Session::new("echo", "10.0.0.5:21123")).await;
-/// assert!(again.is_err_and(|e| e.kind() == switchboard::Kind::AlreadyRegistered));
+/// let seven = registry.register(Session::new("echo", "10.0.0.5:21123").with_id(7)).await?;
+/// let other = registry.register(Session::new("echo", "10.0.0.6:21123").with_id(7)).await;
+/// assert!(other.is_err_and(|e| e.kind() == switchboard::Kind::AlreadyRegistered));
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Clone)]
 pub struct MemoryRegistry {
     shared: Arc<Shared>,
-    codec: Arc<dyn Codec>,
-    ttl: Duration,
-    backoff: Backoff,
+    home: Home,
 }
 
 const UNAVAILABLE: &str = "the in-process registry is set unavailable";
+
+fn unavailable() -> Error {
+    Error::new(Kind::RegistryUnreachable).with_reason(UNAVAILABLE)
+}
 
 struct Shared {
     state: Mutex<State>,
@@ -83,80 +85,69 @@ impl MemoryRegistry {
             available: true,
             outages: 0,
         };
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            changed: watch::Sender::new(0),
+        });
         Self {
-            shared: Arc::new(Shared {
-                state: Mutex::new(state),
-                changed: watch::Sender::new(0),
-            }),
-            codec: Arc::new(Naming),
-            ttl: Self::TTL,
-            backoff: default_backoff(),
+            home: Home::new(shared.clone(), home::backoff(), "", Self::TTL),
+            shared,
         }
     }
 
-    /// How long a session that is registered through this handle outlives its process. Default 10 s; 1 ms to
+    /// How long a session that is registered through this handle outlives its process. Default 10 s; 10 ms to
     /// 1 day.
     ///
     /// # Errors
     ///
     /// [`Kind::Invalid`] outside these bounds.
     pub fn with_ttl(mut self, ttl: Duration) -> Result<Self, Error> {
-        self.ttl = check_duration("TTL", ttl, Duration::from_millis(1), Backoff::LONGEST)?;
+        self.home.ttl = check_duration("TTL", ttl, Duration::from_millis(10), Backoff::LONGEST)?;
         Ok(self)
     }
 
     /// How sessions are written and read through this handle. Default [`Naming`].
     #[must_use]
     pub fn with_codec(mut self, codec: impl Codec) -> Self {
-        self.codec = Arc::new(codec);
+        self.home.codec = Arc::new(codec);
         self
     }
 
     /// How discovery through this handle tries again while the registry is unavailable. Default 100 ms × 2,
-    /// ± 20 %, at most 1 s.
+    /// ± 20 %, at most 1 s. Handles that are cloned from it share its watches, and no others do.
     #[must_use]
     pub fn with_backoff(mut self, backoff: Backoff) -> Self {
-        self.backoff = backoff;
+        self.home.watch_through(self.shared.clone(), backoff);
         self
     }
 
-    /// Registers a session, and keeps it until the handle is dropped.
+    /// Registers a session under a lease, and keeps it alive in the background until the handle is dropped.
+    /// What is lost is registered again. See [`Register`] for what can be chosen, and for its errors.
+    pub fn register(&self, session: Session) -> Register {
+        Register::new(self.home.clone(), session)
+    }
+
+    /// An id that no other session of this registry was given: the value of a counter in the registry, from
+    /// 1, under [`Codec::counter`].
     ///
     /// # Errors
     ///
-    /// [`Kind::Invalid`] if the session cannot work; [`Kind::AlreadyRegistered`], naming the holder, if its key is
-    /// held; [`Kind::RegistryUnreachable`] during an outage.
+    /// [`Kind::RegistryUnreachable`] during an outage; [`Kind::Invalid`] if what stands under the counter's key
+    /// is no number.
     ///
     /// # Cancel safety
     ///
-    /// It is done at its first poll, or not at all.
-    pub async fn register(&self, session: Session) -> Result<Registration, Error> {
-        session.validate()?;
-        let key = Bytes::from(self.codec.key("", &session));
-        let value = Bytes::from(self.codec.encode(&session, 0)?);
-        let session = Arc::new(session);
-        self.shared.write(|history| {
-            if let Some(record) = history.get(&key) {
-                return Err(held_by(&*self.codec, "", &session, &record.value));
-            }
-            let lease = history.grant(self.ttl);
-            history.put(key.clone(), value, Some(lease));
-            let hold = Held {
-                shared: self.shared.clone(),
-                codec: self.codec.clone(),
-                key,
-                lease,
-            };
-            Ok(Registration::new(session.clone(), Box::new(hold)))
-        })?
+    /// When the future is dropped, an id may be skipped.
+    pub async fn allocate_id(&self) -> Result<u64, Error> {
+        self.home.allocate_id().await
     }
 
     /// Writes a record as it is, under no lease; for tests and tools. It works during an outage, as if
     /// another client could still reach the registry.
     pub fn put(&self, key: impl Into<String>, value: impl Into<Vec<u8>>) {
-        let (key, value) = (Bytes::from(key.into()), Bytes::from(value.into()));
+        let (key, value) = (Bytes::from(key.into()), value.into());
         self.shared
-            .change(|state| state.history.put(key, value, None));
+            .change(|state| state.history.put(&key, &value, 0));
     }
 
     /// Deletes a record; false if there is none. For tests and tools; it works during an outage.
@@ -186,6 +177,19 @@ impl MemoryRegistry {
         });
     }
 
+    #[cfg(test)]
+    pub(crate) fn record(&self, key: &str) -> Option<super::store::Record> {
+        self.shared.lock().history.get(key.as_bytes()).cloned()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn end_lease_of(&self, key: &str) {
+        if let Some(record) = self.record(key) {
+            self.shared
+                .change(|state| state.history.revoke(record.lease));
+        }
+    }
+
     /// The revision of the last change.
     pub fn revision(&self) -> u64 {
         self.shared.lock().history.revision()
@@ -200,22 +204,14 @@ impl Default for MemoryRegistry {
 
 impl Registry for MemoryRegistry {
     fn discover(&self, role: &str) -> Result<Discovery, Error> {
-        check_role(role)?;
-        Ok(Discovery::of_store(Settings {
-            store: self.shared.clone(),
-            codec: self.codec.clone(),
-            root: "".into(),
-            role: role.into(),
-            backoff: self.backoff,
-        }))
+        self.home.discover(role)
     }
 }
 
 impl fmt::Debug for MemoryRegistry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MemoryRegistry")
-            .field("codec", &self.codec)
-            .field("ttl", &self.ttl)
+            .field("home", &self.home)
             .field("state", &self.shared)
             .finish_non_exhaustive()
     }
@@ -241,10 +237,10 @@ impl Shared {
     }
 
     /// What a client does, which an outage prevents.
-    fn write<R>(&self, write: impl FnOnce(&mut History) -> R) -> Result<R, Error> {
+    fn client<R>(&self, request: impl FnOnce(&mut History) -> R) -> Result<R, Error> {
         self.change(|state| match state.available {
-            true => Ok(write(&mut state.history)),
-            false => Err(Error::new(Kind::RegistryUnreachable).with_reason(UNAVAILABLE)),
+            true => Ok(request(&mut state.history)),
+            false => Err(unavailable()),
         })
     }
 
