@@ -227,7 +227,8 @@ impl Engine {
                     format!("it is of role {}", session.role()).into(),
                 ));
             }
-            Ok(Some(session))
+            let call_metadata = codec::call_metadata(&**codec, &session)?;
+            Ok(Some((session, call_metadata)))
         });
         let key: Arc<str> = lossy.as_ref().into();
         match read {
@@ -235,11 +236,12 @@ impl Engine {
                 self.bad.forget(&key);
                 Err(Some(key))
             }
-            Ok(Some(session)) => {
+            Ok(Some((session, call_metadata))) => {
                 self.bad.forget(&key);
                 Ok(Found {
                     key,
                     session,
+                    call_metadata,
                     created: record.created,
                     modified: record.modified,
                 })

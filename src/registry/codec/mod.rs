@@ -7,6 +7,7 @@ use std::{
     borrow::Cow,
     fmt,
     panic::{self, AssertUnwindSafe},
+    sync::Arc,
 };
 
 use http::HeaderMap;
@@ -140,9 +141,14 @@ pub(crate) fn decode(
     caught(|| codec.decode(root, role, key, value))
 }
 
-/// The metadata of calls to a session that was decoded, from a codec that may be anybody's too.
-pub(crate) fn call_metadata(codec: &dyn Codec, session: &Session) -> Result<HeaderMap, BadRecord> {
-    caught(|| Ok(codec.call_metadata(session)))
+/// The metadata of calls to a session that was decoded, if there is any, from a codec that may be anybody's too.
+pub(crate) fn call_metadata(
+    codec: &dyn Codec,
+    session: &Session,
+) -> Result<Option<Arc<HeaderMap>>, BadRecord> {
+    let metadata = caught(|| Ok(codec.call_metadata(session)))?;
+    // An empty map has a hundred bytes, and sessions may be ten thousand.
+    Ok((!metadata.is_empty()).then(|| Arc::new(metadata)))
 }
 
 fn caught<T>(ask: impl FnOnce() -> Result<T, BadRecord>) -> Result<T, BadRecord> {
@@ -178,3 +184,54 @@ fn object<'a, T: Deserialize<'a>>(value: &'a [u8]) -> Result<T, BadRecord> {
 
 #[cfg(test)]
 mod properties;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug)]
+    struct Panicky;
+
+    impl Codec for Panicky {
+        fn prefix(&self, _: &str, role: &str) -> String {
+            role.to_owned()
+        }
+
+        fn key(&self, _: &str, session: &Session) -> String {
+            session.role().to_owned()
+        }
+
+        fn encode(&self, _: &Session, _: i64) -> Result<Vec<u8>, Error> {
+            Ok(Vec::new())
+        }
+
+        fn decode(
+            &self,
+            _: &str,
+            _: &str,
+            _: &str,
+            _: &[u8],
+        ) -> Result<Option<Session>, BadRecord> {
+            Ok(None)
+        }
+
+        fn call_metadata(&self, _: &Session) -> HeaderMap {
+            panic!("a bug over metadata")
+        }
+    }
+
+    #[test]
+    fn a_codec_that_panics_over_metadata_costs_the_record() {
+        let bad = call_metadata(&Panicky, &Session::new("echo", "h:1")).unwrap_err();
+        let says = "the codec panicked over it: a bug over metadata";
+        assert_eq!(bad.to_string(), says);
+    }
+
+    #[test]
+    fn no_metadata_takes_no_room() {
+        let session = Session::new("echo", "h:1").with_id(7);
+        let of = |codec: &dyn Codec| call_metadata(codec, &session).unwrap();
+        assert!(of(&Naming).is_none());
+        assert!(of(&Milvus::new()).is_some());
+    }
+}
