@@ -53,7 +53,9 @@
 //! the reason, as a `tonic::Status` with the right code. A call fails fast if nobody is registered, if
 //! nobody is connected and a first attempt has failed, or if the registry has never answered. It waits,
 //! within its deadline and [`PoolConfig::max_wait`](pool::PoolConfig::max_wait), while it cannot be known yet.
-//! [`Error::sent`] says whether the peer may have executed it.
+//! [`Error::sent`] says whether the peer may have executed it. Where records are [`Milvus`](registry::Milvus)'s, calls
+//! also carry whom they are for, and a server that is another instance by now refuses them:
+//! [`Kind::OtherInstance`].
 //!
 //! # Parts to take alone
 //!

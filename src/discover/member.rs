@@ -2,6 +2,8 @@
 
 use std::{fmt, sync::Arc};
 
+use http::HeaderMap;
+
 use crate::{
     endpoint::Target,
     error::{Error, Kind, Peer},
@@ -26,6 +28,8 @@ pub struct Key {
 pub struct Member {
     session: Arc<Session>,
     peer: Arc<Peer>,
+    /// None if it is empty.
+    call_metadata: Option<Arc<HeaderMap>>,
     barred: Option<Bar>,
 }
 
@@ -69,8 +73,21 @@ impl Member {
         Self {
             session,
             peer: Arc::new(peer),
+            call_metadata: None,
             barred: None,
         }
+    }
+
+    /// The same with metadata that each call to it carries; see [`Target::call_metadata`]. Default: none.
+    #[must_use]
+    pub fn with_call_metadata(self, metadata: HeaderMap) -> Self {
+        let metadata = (!metadata.is_empty()).then(|| Arc::new(metadata));
+        self.with_shared_call_metadata(metadata)
+    }
+
+    pub(crate) fn with_shared_call_metadata(mut self, metadata: Option<Arc<HeaderMap>>) -> Self {
+        self.call_metadata = metadata;
+        self
     }
 
     /// What the instance says of itself.
@@ -102,6 +119,13 @@ impl Target for Member {
 
     fn stopping(&self) -> bool {
         self.session.is_stopping()
+    }
+
+    fn call_metadata(&self) -> HeaderMap {
+        match &self.call_metadata {
+            Some(metadata) => HeaderMap::clone(metadata),
+            None => HeaderMap::new(),
+        }
     }
 
     fn barred(&self) -> Option<Error> {

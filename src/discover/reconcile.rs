@@ -5,6 +5,7 @@ use std::{
     sync::Arc,
 };
 
+use http::HeaderMap;
 use tower::discover::Change;
 
 use super::member::{Bar, Key, Member};
@@ -15,6 +16,7 @@ use crate::registry::Session;
 pub(super) struct Found {
     pub(super) key: Arc<str>,
     pub(super) session: Session,
+    pub(super) call_metadata: Option<Arc<HeaderMap>>,
     pub(super) created: u64,
     pub(super) modified: u64,
 }
@@ -106,7 +108,8 @@ impl Known {
             }
         }
         self.remove(&found.key, round);
-        let member = Arc::new(Member::new(found.session, found.created));
+        let member = Member::new(found.session, found.created);
+        let member = Arc::new(member.with_shared_call_metadata(found.call_metadata));
         let claim = (found.created, found.key.clone());
         let (address, id) = claimed(&member);
         self.by_address
@@ -250,6 +253,7 @@ mod tests {
             session: Session::new("echo", format!("h:{}", address + 1))
                 .with_id(id)
                 .with_version(modified.to_string()),
+            call_metadata: None,
             created,
             modified,
         }

@@ -2,6 +2,8 @@
 
 use std::{any::Any, fmt, future::Future, future::Ready, pin::Pin, sync::Arc, time::Duration};
 
+use http::HeaderMap;
+
 use crate::error::{BoxError, Error, Peer};
 
 /// A boxed future; off the call path, where an allocation is not worth a type parameter.
@@ -15,6 +17,14 @@ pub trait Target: Any + fmt::Debug + Send + Sync {
     /// Whether it has said that it is stopping: no new calls but pinned ones, those in flight finish.
     fn stopping(&self) -> bool {
         false
+    }
+
+    /// Metadata that each call to it carries, so that whoever answers at its address can tell calls that are
+    /// meant for another. Default: none.
+    ///
+    /// A [`Connect`] asks when it makes a connection; our own transport adds it to all calls of that connection.
+    fn call_metadata(&self) -> HeaderMap {
+        HeaderMap::new()
     }
 
     /// Why no call may go there although it is registered; its connections are closed.
@@ -74,6 +84,15 @@ pub trait Lifeline: fmt::Debug + Send + Sync {
     ///
     /// Cancel safe: dropping the future loses nothing.
     fn closed(&self) -> BoxFuture<'_, Error>;
+
+    /// Ends when whoever answers has said that it is not the instance that was to be called, with an error of
+    /// [`Kind::OtherInstance`](crate::Kind::OtherInstance). The connection takes no new calls from then on, and those
+    /// in flight are left to end by themselves. Default: never.
+    ///
+    /// Cancel safe, as [`Lifeline::closed`].
+    fn disowned(&self) -> BoxFuture<'_, Error> {
+        Box::pin(std::future::pending())
+    }
 
     /// Closes it now: calls in flight on it end with this error. A second call changes nothing.
     fn close(&self, why: Error);

@@ -94,6 +94,7 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
             // Connecting => (Connected | Failed | ended)
             self.tell(Event::Connecting { first });
             first = false;
+            let mut disowned = false;
             let why = match self.attempt().await {
                 Err(Ended(command)) => return self.end(command, None).await,
                 Ok(Err(why)) => why,
@@ -104,6 +105,7 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
                         Err(Ended(command)) => return self.end(command, lifeline).await,
                         Ok(why) => why,
                     };
+                    disowned = why.kind() == Kind::OtherInstance;
                     let why: SharedError = Arc::new(why);
                     self.tell(Event::Lost { why: why.clone() });
                     let served = lifeline.as_ref().is_some_and(|l| l.has_served());
@@ -112,7 +114,12 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
                         forgive = true;
                     }
                     self.retire(lifeline);
-                    if std::mem::take(&mut forgive) {
+                    if disowned {
+                        // Lost => offline, at once. Its address is another's now, who would be dialled in a
+                        // loop and refuse each time: where this session is, only the registry can say. What it
+                        // said before this is no such word.
+                        let _ = self.nudge.notified().now_or_never();
+                    } else if std::mem::take(&mut forgive) {
                         // Lost => Connecting, at once.
                         first = true;
                         continue;
@@ -123,7 +130,7 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
 
             // Failed => (waiting | offline) => Connecting
             attempts = attempts.saturating_add(1);
-            let offline = attempts >= self.dialing.attempts;
+            let offline = disowned || attempts >= self.dialing.attempts;
             self.tell(Event::Failed {
                 why,
                 attempts,
@@ -178,13 +185,13 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
         tokio::select! {
             biased;
             ended = ended(&mut self.commands) => Err(ended),
-            why = closed(lifeline) => {
+            why = over(lifeline) => {
                 ready.mark_down();
                 Ok(why)
             }
             () = ready.went_down() => {
                 // A service may say so an instant before its lifeline can say why.
-                let why = time::timeout(Duration::from_millis(5), closed(lifeline));
+                let why = time::timeout(Duration::from_millis(5), over(lifeline));
                 Ok(why.await.unwrap_or_else(|_| {
                     Error::new(Kind::ConnectionLost).with_reason("it takes no new calls")
                 }))
@@ -271,10 +278,16 @@ enum Pause {
     Nudged,
 }
 
-async fn closed(lifeline: Option<&Arc<dyn Lifeline>>) -> Error {
-    match lifeline {
-        Some(lifeline) => lifeline.closed().await,
-        None => std::future::pending().await,
+/// Until it is closed, or its peer has said that it is another.
+async fn over(lifeline: Option<&Arc<dyn Lifeline>>) -> Error {
+    let Some(lifeline) = lifeline else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        biased;
+        // First: that tells more, and a peer may close after it.
+        why = lifeline.disowned() => why,
+        why = lifeline.closed() => why,
     }
 }
 

@@ -62,6 +62,9 @@ pub enum Kind {
     ConnectionLost,
     /// The peer said that it did not process the call: `REFUSED_STREAM`, or a GOAWAY below it. `UNAVAILABLE`.
     Refused,
+    /// Whoever answers at the peer's address says that it is another instance, and did not process the call.
+    /// `UNAVAILABLE`.
+    OtherInstance,
     /// The peer reset this call alone; the code follows gRPC's mapping of HTTP/2 error codes.
     Reset,
     /// The call's time was up. `DEADLINE_EXCEEDED`.
@@ -270,7 +273,8 @@ impl Error {
                 | Kind::RegistryUnreachable
                 | Kind::SessionDeleted
                 | Kind::ConnectionLost
-                | Kind::Refused => Code::Unavailable,
+                | Kind::Refused
+                | Kind::OtherInstance => Code::Unavailable,
                 Kind::DeadlineExceeded => Code::DeadlineExceeded,
                 Kind::Stopped => Code::Cancelled,
                 Kind::Internal => Code::Internal,

@@ -56,6 +56,7 @@ impl fmt::Display for Error {
             Kind::SessionDeleted => f.write_str("session deleted")?,
             Kind::ConnectionLost => f.write_str("connection lost")?,
             Kind::Refused => f.write_str("refused by the peer before processing")?,
+            Kind::OtherInstance => f.write_str("another instance answers there")?,
             Kind::Reset => f.write_str("reset by the peer")?,
             Kind::DeadlineExceeded => f.write_str("deadline exceeded")?,
             Kind::Stopped => f.write_str("stopped")?,

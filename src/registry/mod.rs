@@ -21,7 +21,7 @@ use std::{fmt, sync::Arc};
 #[cfg(feature = "etcd")]
 pub use self::etcd::{EtcdBuilder, EtcdRegistry};
 pub use self::{
-    codec::{BadRecord, Codec, Naming},
+    codec::{BadRecord, Codec, Milvus, Naming},
     fixed::Fixed,
     memory::MemoryRegistry,
     registration::{

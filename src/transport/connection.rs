@@ -9,7 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use h2::{Ping, client::SendRequest};
-use http::uri::Authority;
+use http::{HeaderMap, uri::Authority};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::futures::OwnedNotified,
@@ -46,12 +46,13 @@ impl Connection {
     pub(super) async fn handshake<I>(
         io: I,
         authority: Authority,
+        identity: HeaderMap,
         config: &Connector,
     ) -> Result<Self, Error>
     where
         I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let core = Arc::new(Core::new(authority, config));
+        let core = Arc::new(Core::new(authority, identity, config));
         let io = Socket::new(io, core.clone());
         let failed = |error: h2::Error| {
             Error::new(Kind::ConnectionLost)
@@ -116,7 +117,7 @@ impl Connection {
 
     pub(super) fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         loop {
-            if let Some(error) = self.core.error() {
+            if let Some(error) = self.core.error().or_else(|| self.core.identity.error()) {
                 return Poll::Ready(Err(error.with_sent(Sent::Unsent)));
             }
             if let Err(error) = ready!(self.send.poll_ready(cx)) {

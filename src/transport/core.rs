@@ -11,7 +11,7 @@ use std::{
 };
 
 use http::{
-    HeaderValue,
+    HeaderMap, HeaderValue,
     uri::{Authority, Scheme},
 };
 use tokio::{
@@ -21,7 +21,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Connector, resets::Resets};
+use super::{Connector, identity::Identity, resets::Resets};
 use crate::{
     endpoint::{BoxFuture, Lifeline},
     error::{Error, Kind, Sent},
@@ -34,6 +34,7 @@ pub(super) struct Core {
     pub(super) authority: Authority,
     pub(super) user_agent: HeaderValue,
     pub(super) max_header_list_size: usize,
+    pub(super) identity: Identity,
     /// Where pumps of streaming requests run: a call may be made outside of any runtime.
     pub(super) runtime: runtime::Handle,
     /// Calls that have a stream, and how many the peer allows; a new reading replaces the latter when it
@@ -66,12 +67,13 @@ pub(super) struct Ending(Arc<Core>);
 
 impl Core {
     /// Of a connection that is being made; to be called in the runtime that it will run in.
-    pub(super) fn new(authority: Authority, config: &Connector) -> Self {
+    pub(super) fn new(authority: Authority, identity: HeaderMap, config: &Connector) -> Self {
         Self {
             scheme: Scheme::HTTP,
             authority,
             user_agent: config.user_agent.clone(),
             max_header_list_size: config.max_header_list_size,
+            identity: Identity::new(identity),
             runtime: runtime::Handle::current(),
             streams: Padded(AtomicUsize::new(0)),
             max_streams: AtomicUsize::new(usize::MAX),
@@ -218,6 +220,10 @@ impl Lifeline for Core {
             self.error()
                 .unwrap_or_else(|| Error::new(Kind::ConnectionLost))
         })
+    }
+
+    fn disowned(&self) -> BoxFuture<'_, Error> {
+        Box::pin(self.identity.denied())
     }
 
     fn close(&self, why: Error) {

@@ -11,6 +11,7 @@ mod body;
 mod connection;
 mod core;
 mod dial;
+mod identity;
 mod paced;
 mod pings;
 mod pump;
@@ -20,7 +21,7 @@ mod socket;
 
 use std::time::Duration;
 
-use http::{HeaderValue, uri::Authority};
+use http::{HeaderMap, HeaderValue, uri::Authority};
 
 pub use self::{body::Body, connection::Connection, request::ResponseFuture};
 use crate::{
@@ -35,6 +36,13 @@ use crate::{
 /// 250 ms apart, IPv6 and IPv4 in turn ([RFC 8305](https://www.rfc-editor.org/rfc/rfc8305)). `TCP_NODELAY` is
 /// always set. A connection counts as made when the peer has answered a first HTTP/2 ping: a port that
 /// accepts and says nothing is not a server.
+///
+/// A connection to a [`Target`] adds that target's [`call_metadata`](Target::call_metadata) to each request. One that
+/// brings other values under the same names is for somebody else: it fails with
+/// [`Kind::Invalid`](crate::Kind::Invalid), unsent. When whoever answers says `node not match`, which is how a Milvus
+/// server tells calls that are meant for another instance, the call fails with
+/// [`Kind::OtherInstance`](crate::Kind::OtherInstance), and the connection takes no new ones. A connection that
+/// adds nothing looks for nothing.
 ///
 /// ```
 /// use std::time::Duration;
@@ -168,11 +176,15 @@ impl Connector {
     ///
     /// Dropping the future closes what was opened.
     pub async fn connect_to(&self, address: &str) -> Result<Connection, Error> {
+        self.connect_as(address, HeaderMap::new()).await
+    }
+
+    async fn connect_as(&self, address: &str, identity: HeaderMap) -> Result<Connection, Error> {
         let authority: Authority = address
             .parse()
             .map_err(|_| Error::invalid("address", format!("{address:?} is not host:port")))?;
         let io = dial::dial(address).await?;
-        Connection::handshake(io, authority, self).await
+        Connection::handshake(io, authority, identity, self).await
     }
 }
 
@@ -188,8 +200,9 @@ impl<T: Target> Connect<T> for Connector {
 
     fn connect(&self, target: &T) -> Self::Future {
         let (this, peer) = (self.clone(), target.peer().clone());
+        let identity = target.call_metadata();
         Box::pin(async move {
-            let connection = this.connect_to(&peer.address).await?;
+            let connection = this.connect_as(&peer.address, identity).await?;
             let lifeline = connection.lifeline();
             Ok(Connected::new(connection).with_lifeline(lifeline))
         })

@@ -73,6 +73,7 @@ impl Connection {
         B::Error: Into<BoxError>,
     {
         let (mut head, mut body) = request.into_parts();
+        self.core.identity.put_into(&mut head.headers)?;
         self.check(&head.headers)?;
         let ahead =
             look(&mut body).map_err(|error| Error::new(Kind::RequestBody).with_source(error))?;
@@ -190,6 +191,9 @@ impl Future for ResponseFuture {
             return Poll::Ready(match result {
                 Ok(response) => {
                     slot.core.served();
+                    if let Some(error) = slot.core.identity.denial(&response) {
+                        return Poll::Ready(Err(error));
+                    }
                     Ok(response.map(|stream| Body::new(stream, pump, slot)))
                 }
                 Err(error) => Err(match pump.and_then(|pump| pump.failure()) {

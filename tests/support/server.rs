@@ -6,14 +6,17 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicI64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use tokio::{runtime::Runtime, sync::oneshot};
 use tokio_stream::{Stream, StreamExt as _, wrappers::TcpListenerStream};
-use tonic::{Code, Request, Response, Status, Streaming, transport::Server};
+use tonic::{
+    Code, Request, Response, Status, Streaming, service::interceptor::InterceptedService,
+    transport::Server,
+};
 
 use self::pb::{EchoRequest, EchoResponse, echo_server};
 
@@ -49,6 +52,38 @@ pub struct Seen {
 pub struct Options {
     pub max_streams: Option<u32>,
     pub address: Option<SocketAddr>,
+    pub node: Option<Arc<Node>>,
+}
+
+/// Who a server is, where calls say who they are for: as Milvus checks it, before anything is executed.
+#[derive(Default)]
+pub struct Node {
+    pub id: AtomicI64,
+    /// The `serverid` and `cluster` of each call, `-` where it had none.
+    pub asked: Mutex<Vec<String>>,
+}
+
+impl Node {
+    pub fn new(id: i64) -> Arc<Self> {
+        Arc::new(Self {
+            id: id.into(),
+            ..Self::default()
+        })
+    }
+
+    fn check(&self, request: &Request<()>) -> Result<(), Status> {
+        let header = |name| request.metadata().get(name).map(|v| v.to_str().unwrap());
+        let (expected, cluster) = (header("serverid"), header("cluster"));
+        let asked = format!("{} {}", expected.unwrap_or("-"), cluster.unwrap_or("-"));
+        self.asked.lock().unwrap().push(asked);
+        let actual = self.id.load(Ordering::SeqCst);
+        match expected {
+            Some(expected) if expected != actual.to_string() => Err(Status::unknown(format!(
+                "node not match[expectedNodeID={expected}][actualNodeID={actual}]"
+            ))),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl EchoServer {
@@ -93,9 +128,16 @@ impl EchoServer {
             });
             Server::builder()
                 .max_concurrent_streams(options.max_streams)
-                .add_service(
+                .add_service(InterceptedService::new(
                     echo_server::EchoServer::new(service).max_decoding_message_size(64 << 20),
-                )
+                    move |request| {
+                        options
+                            .node
+                            .as_ref()
+                            .map_or(Ok(()), |node| node.check(&request))?;
+                        Ok(request)
+                    },
+                ))
                 .serve_with_incoming_shutdown(incoming, async {
                     let _ = stopped.await;
                 })

@@ -125,7 +125,8 @@ impl Reader {
                     format!("it is of role {}", session.role()).into(),
                 ));
             }
-            Ok(Some(session))
+            let call_metadata = codec::call_metadata(&**codec, &session)?;
+            Ok(Some((session, call_metadata)))
         });
         let key: Arc<str> = lossy.as_ref().into();
         match read {
@@ -133,11 +134,12 @@ impl Reader {
                 self.bad.forget(&key);
                 Err(Some(key))
             }
-            Ok(Some(session)) => {
+            Ok(Some((session, call_metadata))) => {
                 self.bad.forget(&key);
                 Ok(Found {
                     key,
                     session,
+                    call_metadata,
                     created: record.created,
                     modified: record.modified,
                 })

@@ -1,89 +1,12 @@
-//! How a session stands in a registry: its key and its value.
+//! The naming format of etcd.
 
-use std::{
-    borrow::Cow,
-    collections::BTreeMap,
-    fmt,
-    panic::{self, AssertUnwindSafe},
-};
+use std::collections::BTreeMap;
 
-use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::Session;
-use crate::error::Error;
-
-/// How sessions are written to a registry's keys and values, and read from them.
-///
-/// [`Naming`] is the default. Bring your own to read the records of a system that exists: give it to a
-/// registry's `with_codec`.
-pub trait Codec: fmt::Debug + Send + Sync + 'static {
-    /// The prefix of all keys of this role; nothing else should have it.
-    fn prefix(&self, root: &str, role: &str) -> String;
-
-    /// The key of this session, which begins with the prefix of its role. All
-    /// [exclusive](Session::with_exclusive) sessions of a role have the same.
-    fn key(&self, root: &str, session: &Session) -> String;
-
-    /// The key of the counter that ids are allocated from, which no role's prefix covers. Default
-    /// `<root>/id`.
-    fn counter(&self, root: &str) -> String {
-        match root {
-            "" => "id".to_owned(),
-            root => format!("{root}/id"),
-        }
-    }
-
-    /// The value of this session. `lease` is the registry's id of the lease that it will be under, for
-    /// formats that repeat it in the value.
-    ///
-    /// # Errors
-    ///
-    /// [`Kind::Invalid`](crate::Kind::Invalid) if the format cannot hold it.
-    fn encode(&self, session: &Session, lease: i64) -> Result<Vec<u8>, Error>;
-
-    /// The session of one record whose key begins with the prefix of this role; `None` for a record that
-    /// may well stand there and is no session of this role, such as that of a role whose name begins the same.
-    /// What it returns is validated once more by whoever asked.
-    ///
-    /// # Errors
-    ///
-    /// [`BadRecord`]: it will be skipped, counted, and named in a warning. A panic is taken for
-    /// [`BadRecord::Panicked`].
-    fn decode(
-        &self,
-        root: &str,
-        role: &str,
-        key: &str,
-        value: &[u8],
-    ) -> Result<Option<Session>, BadRecord>;
-}
-
-/// Why a record under a role's prefix is no session. It costs only itself.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum BadRecord {
-    /// The key is not one of the format's.
-    Key(Cow<'static, str>),
-    /// The value is empty.
-    Empty,
-    /// The value is longer than [`BadRecord::LONGEST`].
-    TooLarge {
-        /// How long, in bytes.
-        bytes: usize,
-    },
-    /// The value cannot be read.
-    Unparsable(Cow<'static, str>),
-    /// The value says that the session is deleted (`Op` 1).
-    Deleted,
-    /// The value names no address.
-    NoAddress,
-    /// What it says cannot work: see [`Session::validate`].
-    Invalid(Error),
-    /// The codec panicked over it, with this message if it is known.
-    Panicked(Cow<'static, str>),
-}
+use super::{BadRecord, Codec, object, rest};
+use crate::{error::Error, registry::Session};
 
 /// The naming format of etcd, as grpc-go's etcd resolver reads and writes it.
 ///
@@ -101,66 +24,6 @@ pub struct Naming;
 
 /// What stands in the place of the id in the key that the exclusive sessions of a role compete for.
 const ACTIVE: &str = "active";
-
-// === impl BadRecord ===
-
-impl BadRecord {
-    /// The longest value that is read: 1 MiB. A session has a few hundred bytes.
-    pub const LONGEST: usize = 1 << 20;
-}
-
-impl fmt::Display for BadRecord {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Key(why) => write!(f, "not one of our keys: {why}"),
-            Self::Empty => f.write_str("the value is empty"),
-            Self::TooLarge { bytes } => {
-                write!(
-                    f,
-                    "the value has {bytes} bytes, {} are allowed",
-                    Self::LONGEST
-                )
-            }
-            Self::Unparsable(why) => write!(f, "the value cannot be read: {why}"),
-            Self::Deleted => f.write_str("the value says that it is deleted (Op 1)"),
-            Self::NoAddress => f.write_str("the value has no address"),
-            Self::Invalid(error) => error.fmt(f),
-            Self::Panicked(message) if message.is_empty() => {
-                f.write_str("the codec panicked over it")
-            }
-            Self::Panicked(message) => write!(f, "the codec panicked over it: {message}"),
-        }
-    }
-}
-
-impl std::error::Error for BadRecord {}
-
-/// Encodes with a codec that may be anybody's: its panic is an error.
-pub(crate) fn encode(codec: &dyn Codec, session: &Session, lease: i64) -> Result<Bytes, Error> {
-    match panic::catch_unwind(AssertUnwindSafe(|| codec.encode(session, lease))) {
-        Ok(encoded) => encoded.map(Bytes::from),
-        Err(_) => Err(Error::invalid("session", "the codec panicked over it")),
-    }
-}
-
-/// Decodes with a codec that may be anybody's: its panic costs the record and no more.
-pub(crate) fn decode(
-    codec: &dyn Codec,
-    root: &str,
-    role: &str,
-    key: &str,
-    value: &[u8],
-) -> Result<Option<Session>, BadRecord> {
-    let decoded = panic::catch_unwind(AssertUnwindSafe(|| codec.decode(root, role, key, value)));
-    decoded.unwrap_or_else(|payload| {
-        let message = match payload.downcast::<String>() {
-            Ok(message) => Cow::Owned(*message),
-            Err(payload) => Cow::Borrowed(payload.downcast_ref::<&str>().copied().unwrap_or("")),
-        };
-        Err(BadRecord::Panicked(message))
-    })
-}
-
 // === impl Naming ===
 
 impl Codec for Naming {
@@ -204,30 +67,14 @@ impl Codec for Naming {
         value: &[u8],
     ) -> Result<Option<Session>, BadRecord> {
         let prefix = self.prefix(root, role);
-        let rest = match key.strip_prefix(&prefix) {
-            None => {
-                return Err(BadRecord::Key(
-                    format!("it does not begin with {prefix}").into(),
-                ));
-            }
-            Some("") => return Err(BadRecord::Key("it ends with the prefix".into())),
-            Some(rest) if rest.contains('/') => {
+        let rest = match rest(&prefix, key)? {
+            "" => return Err(BadRecord::Key("it ends with the prefix".into())),
+            rest if rest.contains('/') => {
                 return Err(BadRecord::Key("it goes on with a slash".into()));
             }
-            Some(rest) => rest,
+            rest => rest,
         };
-        if value.is_empty() {
-            return Err(BadRecord::Empty);
-        }
-        if value.len() > BadRecord::LONGEST {
-            return Err(BadRecord::TooLarge { bytes: value.len() });
-        }
-        // serde would take an array for the fields in their order.
-        if value.trim_ascii_start().first() != Some(&b'{') {
-            return Err(BadRecord::Unparsable("it is not a JSON object".into()));
-        }
-        let record: Read = serde_json::from_slice(value)
-            .map_err(|e| BadRecord::Unparsable(e.to_string().into()))?;
+        let record: Read = object(value)?;
         match record.op {
             0 => {}
             1 => return Err(BadRecord::Deleted),
