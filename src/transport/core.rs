@@ -128,6 +128,11 @@ impl Core {
         self.last_read.store(age, Ordering::Relaxed);
     }
 
+    /// Whether the peer has ever said anything.
+    pub(super) fn heard(&self) -> bool {
+        self.last_read.load(Ordering::Relaxed) > 0
+    }
+
     pub(super) fn last_read(&self) -> Instant {
         self.born + Duration::from_nanos(self.last_read.load(Ordering::Relaxed))
     }
