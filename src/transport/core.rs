@@ -68,7 +68,7 @@ impl Core {
     /// Of a connection that is being made; to be called in the runtime that it will run in.
     pub(super) fn new(authority: Authority, config: &Connector) -> Self {
         Self {
-            scheme: Scheme::HTTP,
+            scheme: config.scheme(),
             authority,
             user_agent: config.user_agent.clone(),
             max_header_list_size: config.max_header_list_size,

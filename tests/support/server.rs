@@ -13,7 +13,10 @@ use std::{
 
 use tokio::{runtime::Runtime, sync::oneshot};
 use tokio_stream::{Stream, StreamExt as _, wrappers::TcpListenerStream};
-use tonic::{Code, Request, Response, Status, Streaming, transport::Server};
+use tonic::{
+    Code, Request, Response, Status, Streaming,
+    transport::{Server, ServerTlsConfig},
+};
 
 use self::pb::{EchoRequest, EchoResponse, echo_server};
 
@@ -49,6 +52,7 @@ pub struct Seen {
 pub struct Options {
     pub max_streams: Option<u32>,
     pub address: Option<SocketAddr>,
+    pub tls: Option<ServerTlsConfig>,
 }
 
 impl EchoServer {
@@ -91,7 +95,11 @@ impl EchoServer {
                 stream.set_nodelay(true)?;
                 Ok::<_, std::io::Error>(stream)
             });
-            Server::builder()
+            let mut server = Server::builder();
+            if let Some(tls) = options.tls {
+                server = server.tls_config(tls).unwrap();
+            }
+            server
                 .max_concurrent_streams(options.max_streams)
                 .add_service(
                     echo_server::EchoServer::new(service).max_decoding_message_size(64 << 20),
