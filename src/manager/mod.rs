@@ -200,7 +200,7 @@ impl Builder {
         self
     }
 
-    /// How connections are made and kept alive: keepalive, windows, user agent. See [`Connector`].
+    /// How connections are made and kept alive: TLS, keepalive, windows, user agent. See [`Connector`].
     #[must_use]
     pub fn connector(mut self, connector: Connector) -> Self {
         self.connector = connector;

@@ -9,7 +9,10 @@ use std::{
 
 use bytes::Bytes;
 use h2::{Ping, client::SendRequest};
-use http::{HeaderMap, uri::Authority};
+use http::{
+    HeaderMap,
+    uri::{Authority, Scheme},
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::futures::OwnedNotified,
@@ -87,7 +90,12 @@ impl Connection {
         // Until the handle is out, dropping this future has to close the connection.
         let undo = AbortOnDrop::new(task.abort_handle());
         if let Err(error) = pings.ping(Ping::opaque()).await {
-            return Err(core.error().unwrap_or_else(|| failed(error)));
+            // The ping fails as the connection is dropped, an instant before its task says why.
+            core.ended().cancelled().await;
+            return Err(match core.error().and_then(|error| error.reason()) {
+                Some(why) => failed_because(&core, &why),
+                None => failed(error),
+            });
         }
         // The answer to a ping comes after the peer's settings.
         core.allow(send.current_max_send_streams());
@@ -142,6 +150,18 @@ impl Connection {
             }
         }
     }
+}
+
+fn failed_because(core: &Core, why: &str) -> Error {
+    let mut reason = format!("HTTP/2 handshake failed: {why}");
+    if !core.heard() {
+        reason.push_str(", and the peer had said nothing");
+        // Servers in Go hang up on plaintext without a word.
+        if core.scheme == Scheme::HTTP {
+            reason.push_str("; it may want TLS");
+        }
+    }
+    Error::new(Kind::ConnectionLost).with_reason(reason)
 }
 
 impl Clone for Connection {

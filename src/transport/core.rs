@@ -69,7 +69,7 @@ impl Core {
     /// Of a connection that is being made; to be called in the runtime that it will run in.
     pub(super) fn new(authority: Authority, identity: HeaderMap, config: &Connector) -> Self {
         Self {
-            scheme: Scheme::HTTP,
+            scheme: config.scheme(),
             authority,
             user_agent: config.user_agent.clone(),
             max_header_list_size: config.max_header_list_size,
@@ -128,6 +128,11 @@ impl Core {
         // A clock read is 24 ns beside a system call of microseconds. 2^64 ns are 584 years.
         let age = self.born.elapsed().as_nanos() as u64;
         self.last_read.store(age, Ordering::Relaxed);
+    }
+
+    /// Whether the peer has ever said anything.
+    pub(super) fn heard(&self) -> bool {
+        self.last_read.load(Ordering::Relaxed) > 0
     }
 
     pub(super) fn last_read(&self) -> Instant {

@@ -18,11 +18,18 @@ mod pump;
 mod request;
 mod resets;
 mod socket;
+#[cfg(feature = "tls")]
+mod tls;
 
 use std::time::Duration;
 
-use http::{HeaderMap, HeaderValue, uri::Authority};
+use http::{
+    HeaderMap, HeaderValue,
+    uri::{Authority, Scheme},
+};
 
+#[cfg(feature = "tls")]
+pub use self::tls::TlsConfig;
 pub use self::{body::Body, connection::Connection, request::ResponseFuture};
 use crate::{
     backoff::check_duration,
@@ -30,7 +37,7 @@ use crate::{
     error::{BoxError, Error},
 };
 
-/// Makes plaintext HTTP/2 connections over TCP.
+/// Makes HTTP/2 connections over TCP: in plaintext, or by `Connector::tls` (feature `tls`) over TLS.
 ///
 /// A target's address is `host:port`; a name that resolves to several addresses is tried at all of them,
 /// 250 ms apart, IPv6 and IPv4 in turn ([RFC 8305](https://www.rfc-editor.org/rfc/rfc8305)). `TCP_NODELAY` is
@@ -62,6 +69,8 @@ pub struct Connector {
     pub(crate) connection_window: u32,
     pub(crate) user_agent: HeaderValue,
     pub(crate) max_header_list_size: usize,
+    #[cfg(feature = "tls")]
+    tls: Option<tls::Tls>,
 }
 
 // === impl Connector ===
@@ -81,6 +90,8 @@ impl Connector {
                 env!("CARGO_PKG_VERSION")
             )),
             max_header_list_size: 64 << 10,
+            #[cfg(feature = "tls")]
+            tls: None,
         }
     }
 
@@ -164,13 +175,29 @@ impl Connector {
         Ok(self)
     }
 
+    /// Speaks TLS, and only TLS, and gives calls the scheme `https`. Default is plaintext.
+    ///
+    /// The handshake is part of the attempt and of its time. A server has to say that it speaks HTTP/2
+    /// (ALPN `h2`). Connections to one name resume each other's sessions.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) if nobody is trusted: no root was given.
+    #[cfg(feature = "tls")]
+    pub fn tls(mut self, config: TlsConfig) -> Result<Self, Error> {
+        self.tls = Some(config.build()?);
+        Ok(self)
+    }
+
     /// Connects to `host:port`.
     ///
     /// # Errors
     ///
-    /// [`Kind::Invalid`](crate::Kind::Invalid) if the address is not `host:port`;
-    /// [`Kind::ConnectionLost`](crate::Kind::ConnectionLost) if nobody could be reached there, or whoever
-    /// was does not speak HTTP/2. It has no time limit of its own.
+    /// [`Kind::Invalid`](crate::Kind::Invalid) if the address is not `host:port`, or with TLS its host cannot
+    /// be a server's name; [`Kind::ConnectionLost`](crate::Kind::ConnectionLost) if nobody could be reached
+    /// there, or whoever was does not speak HTTP/2, or one side did not believe the other. The message says
+    /// which step failed: the name, the connection (in the words of the system, such as "connection
+    /// refused"), the TLS handshake, or the HTTP/2 handshake. It has no time limit of its own.
     ///
     /// # Cancel safety
     ///
@@ -183,8 +210,24 @@ impl Connector {
         let authority: Authority = address
             .parse()
             .map_err(|_| Error::invalid("address", format!("{address:?} is not host:port")))?;
+        #[cfg(feature = "tls")]
+        if let Some(tls) = &self.tls {
+            let name = tls.name_of(&authority)?;
+            let io = tls.handshake(dial::dial(address).await?, name).await?;
+            let refusal = io.refusal();
+            let connected = Connection::handshake(io, authority, identity, self).await;
+            return connected.map_err(|error| refusal.or(error));
+        }
         let io = dial::dial(address).await?;
         Connection::handshake(io, authority, identity, self).await
+    }
+
+    fn scheme(&self) -> Scheme {
+        #[cfg(feature = "tls")]
+        if self.tls.is_some() {
+            return Scheme::HTTPS;
+        }
+        Scheme::HTTP
     }
 }
 

@@ -14,8 +14,9 @@ use std::{
 use tokio::{runtime::Runtime, sync::oneshot};
 use tokio_stream::{Stream, StreamExt as _, wrappers::TcpListenerStream};
 use tonic::{
-    Code, Request, Response, Status, Streaming, service::interceptor::InterceptedService,
-    transport::Server,
+    Code, Request, Response, Status, Streaming,
+    service::interceptor::InterceptedService,
+    transport::{Server, ServerTlsConfig},
 };
 
 use self::pb::{EchoRequest, EchoResponse, echo_server};
@@ -53,6 +54,7 @@ pub struct Options {
     pub max_streams: Option<u32>,
     pub address: Option<SocketAddr>,
     pub node: Option<Arc<Node>>,
+    pub tls: Option<ServerTlsConfig>,
 }
 
 /// Who a server is, where calls say who they are for: as Milvus checks it, before anything is executed.
@@ -126,7 +128,11 @@ impl EchoServer {
                 stream.set_nodelay(true)?;
                 Ok::<_, std::io::Error>(stream)
             });
-            Server::builder()
+            let mut server = Server::builder();
+            if let Some(tls) = options.tls {
+                server = server.tls_config(tls).unwrap();
+            }
+            server
                 .max_concurrent_streams(options.max_streams)
                 .add_service(InterceptedService::new(
                     echo_server::EchoServer::new(service).max_decoding_message_size(64 << 20),

@@ -21,6 +21,8 @@ use super::{
     home::{self, Home},
     session::{check_address, check_prefix},
 };
+#[cfg(feature = "tls")]
+use crate::transport::TlsConfig;
 use crate::{
     Backoff, backoff::check_duration, discover::Discovery, error::Error, transport::Connector,
 };
@@ -46,7 +48,12 @@ mod pb {
 /// use, on the runtime of that use, and closed with the last handle. When that runtime has ended, the next use
 /// makes others on its own.
 ///
-/// Endpoints are the members of one cluster. TLS and authentication are not supported yet.
+/// Endpoints are the members of one cluster; each request goes to one that is connected and answers, and to another
+/// when it does not. [`EtcdRegistry::builder`] is for an etcd that wants TLS, or a user and a password.
+///
+/// All that look for a role, and all that are registered, through the clones of one handle share its connections
+/// and one watch for each role. etcd's `grpc-proxy` does not answer whether a watch lives, so through it watches
+/// are made anew every few seconds.
 ///
 /// ```no_run
 /// use switchboard::{EtcdRegistry, Session};
@@ -66,13 +73,27 @@ pub struct EtcdRegistry {
     backoff: Backoff,
 }
 
-/// Configures an [`EtcdRegistry`] whose etcd asks who one is; see [`EtcdRegistry::builder`].
+/// Configures an [`EtcdRegistry`] whose etcd wants TLS, or asks who one is; see [`EtcdRegistry::builder`].
+///
+/// ```
+/// use switchboard::EtcdRegistry;
+///
+/// # async fn run() -> Result<(), switchboard::Error> {
+/// let registry = EtcdRegistry::builder(["http://10.0.0.1:2379", "http://10.0.0.2:2379"], "demo")
+///     .user("querynode", "secret")
+///     .connect()
+///     .await?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 #[must_use = "a builder does nothing until it connects"]
 pub struct EtcdBuilder {
     endpoints: Vec<String>,
     prefix: String,
     user: Option<(String, String)>,
+    #[cfg(feature = "tls")]
+    tls: Option<TlsConfig>,
 }
 
 // === impl EtcdRegistry ===
@@ -81,7 +102,8 @@ impl EtcdRegistry {
     /// The default time to live of a session whose process is gone.
     pub const TTL: Duration = Duration::from_secs(10);
 
-    /// A registry at these endpoints, each `http://host:port`, with its keys under this prefix.
+    /// A registry at these endpoints, each `http://host:port`, with its keys under this prefix: a namespace of its
+    /// own. Others have [`EtcdRegistry::builder`].
     ///
     /// It does no I/O and is ready at once; that it is async leaves room for what may need some.
     ///
@@ -97,7 +119,7 @@ impl EtcdRegistry {
         Self::builder(endpoints, prefix).connect().await
     }
 
-    /// A registry as by [`EtcdRegistry::connect`], of an etcd that asks who one is.
+    /// A registry as by [`EtcdRegistry::connect`], of an etcd that wants TLS or asks who one is.
     pub fn builder<E: AsRef<str>>(
         endpoints: impl IntoIterator<Item = E>,
         prefix: impl AsRef<str>,
@@ -109,6 +131,8 @@ impl EtcdRegistry {
                 .collect(),
             prefix: prefix.as_ref().to_owned(),
             user: None,
+            #[cfg(feature = "tls")]
+            tls: None,
         }
     }
 
@@ -200,24 +224,29 @@ impl EtcdBuilder {
         self
     }
 
+    /// Speaks TLS, trusting whom this says, and proving to be whom it says if it has an identity. All endpoints
+    /// are `https://host:port` then.
+    #[cfg(feature = "tls")]
+    pub fn tls(mut self, config: TlsConfig) -> Self {
+        self.tls = Some(config);
+        self
+    }
+
     /// The registry. It does no I/O.
     ///
     /// # Errors
     ///
-    /// As [`EtcdRegistry::connect`].
+    /// As [`EtcdRegistry::connect`]; with TLS, for an endpoint that is not `https://host:port`, and if nobody is
+    /// trusted.
     pub async fn connect(self) -> Result<EtcdRegistry, Error> {
-        let Self {
-            endpoints,
-            prefix,
-            user,
-        } = self;
-        check_prefix(&prefix)?;
+        check_prefix(&self.prefix)?;
+        let scheme = self.scheme();
         let mut addresses = BTreeSet::new();
-        for endpoint in &endpoints {
-            addresses.insert(address_of(endpoint)?.to_owned());
+        for endpoint in &self.endpoints {
+            addresses.insert(address_of(endpoint, scheme)?.to_owned());
         }
         if addresses.is_empty() {
-            let why = "none is given; at least one http://host:port is needed";
+            let why = format!("none is given; at least one {scheme}host:port is needed");
             return Err(Error::invalid("endpoints", why));
         }
         let members = addresses
@@ -228,6 +257,12 @@ impl EtcdBuilder {
         let connector = Connector::new()
             .keepalive(Some(Duration::from_secs(5)), Duration::from_secs(3))?
             .keepalive_while_idle(false);
+        #[cfg(feature = "tls")]
+        let connector = match self.tls {
+            Some(tls) => connector.tls(tls)?,
+            None => connector,
+        };
+        let Self { prefix, user, .. } = self;
         let members = Members::new(Fixed::new(members)?, connector);
         let user = user.map(|(name, password)| User::new(name, password));
         let client = Arc::new(Client::new(members, user));
@@ -243,6 +278,15 @@ impl EtcdBuilder {
             backoff,
         })
     }
+
+    /// How its endpoints begin.
+    fn scheme(&self) -> &'static str {
+        #[cfg(feature = "tls")]
+        if self.tls.is_some() {
+            return "https://";
+        }
+        "http://"
+    }
 }
 
 impl fmt::Debug for EtcdRegistry {
@@ -257,22 +301,25 @@ impl fmt::Debug for EtcdRegistry {
 }
 
 /// The `host:port` of an endpoint.
-fn address_of(endpoint: &str) -> Result<&str, Error> {
+fn address_of<'a>(endpoint: &'a str, scheme: &str) -> Result<&'a str, Error> {
     let invalid = |why: String| Err(Error::invalid("endpoint", why));
-    if endpoint.starts_with("https://") {
-        return invalid(format!(
-            "{endpoint:?}: TLS is not supported yet; only http://host:port is allowed"
-        ));
-    }
-    let Some(address) = endpoint.strip_prefix("http://") else {
-        return invalid(format!("{endpoint:?} is not http://host:port"));
+    let Some(address) = endpoint.strip_prefix(scheme) else {
+        return match scheme {
+            "http://" if endpoint.starts_with("https://") => invalid(format!(
+                "{endpoint:?} wants TLS, which EtcdRegistry::builder(..).tls(..) is told whom to trust for; without it only http://host:port is allowed"
+            )),
+            "https://" if endpoint.starts_with("http://") => invalid(format!(
+                "{endpoint:?} is not to be spoken with in plaintext; with TLS only https://host:port is allowed"
+            )),
+            _ => invalid(format!("{endpoint:?} is not {scheme}host:port")),
+        };
     };
     let address = address.strip_suffix('/').unwrap_or(address);
     match check_address(address) {
         Ok(()) => Ok(address),
         Err(error) => {
             let why = error.reason().unwrap_or_default();
-            invalid(format!("{endpoint:?} is not http://host:port: {why}"))
+            invalid(format!("{endpoint:?} is not {scheme}host:port: {why}"))
         }
     }
 }
@@ -309,7 +356,11 @@ mod tests {
     fn what_cannot_work_is_refused_with_what_is_allowed() {
         for (endpoints, prefix, says) in [
             (&[][..], "demo", "http://host:port"),
-            (&["https://h:1"][..], "demo", "TLS is not supported yet"),
+            (
+                &["https://h:1"][..],
+                "demo",
+                "EtcdRegistry::builder(..).tls(..)",
+            ),
             (&["h:1"][..], "demo", "http://host:port"),
             (&["http://h"][..], "demo", "http://host:port"),
             (&["http://h:1/path"][..], "demo", "http://host:port"),
