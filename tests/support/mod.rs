@@ -6,8 +6,10 @@
     reason = "each test file uses its part of it"
 )]
 pub mod etcd;
+pub mod load;
 pub mod proxy;
 pub mod server;
+pub mod view;
 
 use std::{
     collections::HashSet,
