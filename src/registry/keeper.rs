@@ -210,10 +210,11 @@ impl Keeper {
                     if outcome.is_open() && !exclusive && outcome.until.is_none() {
                         return outcome.tell(Err(self.held_by(&holder)));
                     }
+                    self.is_held_by(&holder);
+                    // After that: whoever waited for it looks at where it stands.
                     if exclusive {
                         outcome.tell(Ok(()));
                     }
-                    self.is_held_by(&holder);
                     self.let_go_of_leases().await;
                     if !self.until_free(outcome.until()).await {
                         return outcome.tell(Err(self.held_by(&holder)));
