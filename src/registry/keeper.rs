@@ -206,6 +206,9 @@ impl Keeper {
                 // Claiming => (StandBy | Taken | refused)
                 Ok(Claimed::By(holder)) => {
                     failures = 0;
+                    // Ours is over. In a registry that lost its data another's may have come into being at the very
+                    // revision that ours did, and is not ours to delete.
+                    self.generation = None;
                     let exclusive = self.session.is_exclusive();
                     if outcome.is_open() && !exclusive && outcome.until.is_none() {
                         return outcome.tell(Err(self.held_by(&holder)));
