@@ -5,7 +5,7 @@
 mod support;
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     future::IntoFuture as _,
     sync::Arc,
     time::{Duration, Instant},
@@ -16,10 +16,11 @@ use support::{
     etcd::Etcd,
     eventually, eventually_async,
     server::pb::{EchoRequest, echo_client::EchoClient},
+    view::{self, View, value},
 };
 use switchboard::{
-    ConnectionManager, Error, EtcdRegistry, Kind, Registry as _, Session,
-    discover::{Change, Key, Member, Skipped, Update, Updates},
+    ConnectionManager, Error, EtcdRegistry, Kind, Session,
+    discover::{Change, Update},
     endpoint::Target as _,
     registry::RegistrationState,
 };
@@ -30,73 +31,8 @@ use tokio::{
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// What discovery has said of a role.
-struct View {
-    updates: Updates,
-    skipped: Skipped,
-    members: BTreeMap<Key, Arc<Member>>,
-    synced: u32,
-    stale: Vec<String>,
-}
-
-impl View {
-    fn of(registry: &EtcdRegistry, role: &str) -> Self {
-        let discovery = registry.discover(role).expect("a good role");
-        Self {
-            skipped: discovery.skipped(),
-            updates: discovery.updates(),
-            members: BTreeMap::new(),
-            synced: 0,
-            stale: Vec::new(),
-        }
-    }
-
-    async fn step(&mut self) {
-        match self.updates.next().await.expect("discovery has no end") {
-            Update::Change(Change::Insert(key, member)) => drop(self.members.insert(key, member)),
-            Update::Change(Change::Remove(key)) => {
-                self.members.remove(&key).expect("only what is there goes");
-            }
-            Update::Synced => self.synced += 1,
-            Update::Stale(why) => self.stale.push(why.to_string()),
-            other => panic!("{other:?}"),
-        }
-    }
-
-    /// Reads on until this is so, and returns how long it took.
-    async fn until(&mut self, bound: Duration, what: &str, is: impl Fn(&Self) -> bool) -> Duration {
-        let began = Instant::now();
-        while !is(self) {
-            let left = bound.saturating_sub(began.elapsed());
-            if timeout(left, self.step()).await.is_err() {
-                let (ids, stale) = (self.ids(), &self.stale);
-                panic!(
-                    "not within {bound:?}: {what}; synced {}, {ids:?}, {stale:?}",
-                    self.synced
-                );
-            }
-        }
-        began.elapsed()
-    }
-
-    fn ids(&self) -> Vec<&str> {
-        let mut ids: Vec<_> = self.members.values().map(|m| m.session().id()).collect();
-        ids.sort_unstable();
-        ids
-    }
-
-    fn has(&self, ids: &[&str]) -> bool {
-        self.ids() == ids
-    }
-}
-
 async fn registry(etcd: &Etcd) -> EtcdRegistry {
-    let registry = EtcdRegistry::connect([etcd.endpoint()], "demo").await;
-    registry.expect("a good endpoint")
-}
-
-fn value(address: &str) -> String {
-    format!(r#"{{"Op":0,"Addr":"{address}","Metadata":null}}"#)
+    view::registry(&[etcd.endpoint()]).await
 }
 
 /// A runtime of one's own, to end when the test says so.

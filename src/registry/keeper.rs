@@ -206,14 +206,18 @@ impl Keeper {
                 // Claiming => (StandBy | Taken | refused)
                 Ok(Claimed::By(holder)) => {
                     failures = 0;
+                    // Ours is over. In a registry that lost its data another's may have come into being at the very
+                    // revision that ours did, and is not ours to delete.
+                    self.generation = None;
                     let exclusive = self.session.is_exclusive();
                     if outcome.is_open() && !exclusive && outcome.until.is_none() {
                         return outcome.tell(Err(self.held_by(&holder)));
                     }
+                    self.is_held_by(&holder);
+                    // After that: whoever waited for it looks at where it stands.
                     if exclusive {
                         outcome.tell(Ok(()));
                     }
-                    self.is_held_by(&holder);
                     self.let_go_of_leases().await;
                     if !self.until_free(outcome.until()).await {
                         return outcome.tell(Err(self.held_by(&holder)));

@@ -1,4 +1,5 @@
-//! An etcd of one's own: a process on free ports, with its data in a temporary folder.
+//! An etcd of one's own: processes on free ports, with their data in temporary folders. One alone, or three that
+//! make a cluster.
 
 use std::{
     fs,
@@ -9,8 +10,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    process,
+};
 use tonic::{
-    Request,
+    Code, Request, Status,
     codegen::{Bytes, http::uri::PathAndQuery},
     transport::Channel,
 };
@@ -39,13 +45,41 @@ struct CompactionRequest {
     physical: bool,
 }
 
+/// Nor is this: who leads.
+#[derive(Clone, Copy, prost::Message)]
+struct StatusRequest {}
+
+#[derive(Clone, Copy, prost::Message)]
+struct StatusResponse {
+    #[prost(message, optional, tag = "1")]
+    header: Option<Answerer>,
+    #[prost(uint64, tag = "4")]
+    leader: u64,
+}
+
+#[derive(Clone, Copy, prost::Message)]
+struct Answerer {
+    #[prost(uint64, tag = "2")]
+    member_id: u64,
+}
+
 /// An etcd process. Dropping it ends the process and removes its data.
 #[derive(Debug)]
 pub struct Etcd {
     folder: PathBuf,
+    name: String,
     client_port: u16,
     peer_port: u16,
+    /// All members, as `--initial-cluster` has them.
+    cluster: String,
+    options: Vec<String>,
     process: Option<Child>,
+}
+
+/// Three etcds that are one.
+#[derive(Debug)]
+pub struct Cluster {
+    pub members: Vec<Etcd>,
 }
 
 impl Etcd {
@@ -60,13 +94,32 @@ impl Etcd {
     pub fn stopped() -> Self {
         static LAST: AtomicU64 = AtomicU64::new(0);
         let number = LAST.fetch_add(1, Ordering::Relaxed);
-        let name = format!("switchboard-etcd-{}-{number}", std::process::id());
-        Self {
-            folder: std::env::temp_dir().join(name),
+        let folder = format!("switchboard-etcd-{}-{number}", std::process::id());
+        let mut etcd = Self {
+            folder: std::env::temp_dir().join(folder),
+            name: format!("member-{number}"),
             client_port: free_port(),
             peer_port: free_port(),
+            cluster: String::new(),
+            options: Vec::new(),
             process: None,
-        }
+        };
+        etcd.cluster = etcd.as_a_member();
+        etcd
+    }
+
+    /// The same with these more of etcd's options, from its next start on.
+    pub fn with_options(mut self, options: &[&str]) -> Self {
+        self.options = options.iter().map(|&option| option.to_owned()).collect();
+        self
+    }
+
+    fn as_a_member(&self) -> String {
+        format!("{}={}", self.name, self.peer_endpoint())
+    }
+
+    fn peer_endpoint(&self) -> String {
+        format!("http://127.0.0.1:{}", self.peer_port)
     }
 
     /// `http://host:port`.
@@ -84,10 +137,7 @@ impl Etcd {
         let deadline = Instant::now() + Duration::from_secs(30);
         while !self.answers().await {
             // It may have failed to start: another process can have had the port for a moment.
-            match self.process.as_mut().map(Child::try_wait) {
-                Some(Ok(None)) => {}
-                _ => self.spawn(),
-            }
+            self.start_unattended();
             assert!(
                 Instant::now() < deadline,
                 "etcd does not answer at {}; its log is {}",
@@ -103,6 +153,19 @@ impl Etcd {
         if let Some(mut process) = self.process.take() {
             let _ = process.kill();
             let _ = process.wait();
+        }
+    }
+
+    /// Kills it, and removes all that it knew; started again on its ports it is empty.
+    pub fn lose_data(&mut self) {
+        self.kill();
+        let _ = fs::remove_dir_all(self.folder.join("data"));
+    }
+
+    /// Starts it if it is not running, and does not wait: a member may have nobody yet to agree with.
+    pub fn start_unattended(&mut self) {
+        if !self.is_running() {
+            self.spawn();
         }
     }
 
@@ -145,6 +208,37 @@ impl Etcd {
         self.record(key).await.map(|kv| kv.value.to_vec())
     }
 
+    /// Runs the etcdctl that stands beside the etcd, with this one as its endpoint; what it says, without the
+    /// last line's end.
+    pub async fn etcdctl(&self, args: &[&str]) -> String {
+        let said = etcdctl(&self.endpoint(), args).await;
+        said.unwrap_or_else(|error| panic!("etcdctl {args:?}: {error}"))
+    }
+
+    /// The same; what it complains of is no panic.
+    pub async fn try_etcdctl(&self, args: &[&str]) -> Result<String, String> {
+        etcdctl(&self.endpoint(), args).await
+    }
+
+    /// One of etcd's own metrics, such as how many watches it has (`etcd_debugging_mvcc_watcher_total`).
+    pub async fn metric(&self, name: &str) -> u64 {
+        let mut stream = TcpStream::connect(self.address())
+            .await
+            .expect("etcd accepts a connection");
+        let request = format!("GET /metrics HTTP/1.0\r\nHost: {}\r\n\r\n", self.address());
+        stream
+            .write_all(request.as_bytes())
+            .await
+            .expect("a socket");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.expect("an answer");
+        let value = text.lines().find_map(|line| {
+            let (key, value) = line.split_once(' ')?;
+            (key == name).then(|| value.parse::<f64>().ok())?
+        });
+        value.unwrap_or_else(|| panic!("etcd has no metric {name}")) as u64
+    }
+
     /// The current revision.
     pub async fn revision(&self) -> i64 {
         let request = pb::RangeRequest {
@@ -173,6 +267,24 @@ impl Etcd {
         let answer = client.unary(Request::new(request), path, codec).await;
         answer.expect("etcd compacts");
         revision
+    }
+
+    /// Whether it leads its cluster; false if it does not say.
+    async fn leads(&self) -> bool {
+        let asked = async {
+            let channel = self.channel_or_error().await.ok()?;
+            let mut client = tonic::client::Grpc::new(channel);
+            client.ready().await.ok()?;
+            let path = PathAndQuery::from_static("/etcdserverpb.Maintenance/Status");
+            let codec = tonic_prost::ProstCodec::<StatusRequest, StatusResponse>::default();
+            let answer = client.unary(Request::new(StatusRequest {}), path, codec);
+            Some(answer.await.ok()?.into_inner())
+        };
+        let answer = tokio::time::timeout(Duration::from_millis(500), asked).await;
+        let Ok(Some(StatusResponse { header, leader })) = answer else {
+            return false;
+        };
+        header.is_some_and(|header| header.member_id == leader)
     }
 
     /// Ends the lease of a record, as etcd does when nobody keeps it alive.
@@ -221,9 +333,14 @@ impl Etcd {
     }
 
     async fn channel(&self) -> Channel {
+        let channel = self.channel_or_error().await;
+        channel.expect("etcd accepts a connection")
+    }
+
+    async fn channel_or_error(&self) -> Result<Channel, tonic::transport::Error> {
         let endpoint = Channel::from_shared(self.endpoint()).expect("a good endpoint");
         let endpoint = endpoint.connect_timeout(Duration::from_secs(5));
-        endpoint.connect().await.expect("etcd accepts a connection")
+        endpoint.timeout(Duration::from_secs(10)).connect().await
     }
 
     async fn record(&self, key: &str) -> Option<pb::KeyValue> {
@@ -235,22 +352,27 @@ impl Etcd {
         answer.into_inner().kvs.into_iter().next()
     }
 
+    fn is_running(&mut self) -> bool {
+        matches!(self.process.as_mut().map(Child::try_wait), Some(Ok(None)))
+    }
+
+    /// Whether it answers, and so has a leader.
     async fn answers(&self) -> bool {
         if self.process.is_none() {
             return false;
         }
-        let Ok(endpoint) = Channel::from_shared(self.endpoint()) else {
-            return false;
+        let asked = async {
+            let channel = self.channel_or_error().await.ok()?;
+            let request = pb::RangeRequest {
+                key: Bytes::from_static(b"none"),
+                ..Default::default()
+            };
+            Some(KvClient::new(channel).range(request).await)
         };
-        let endpoint = endpoint.timeout(Duration::from_secs(2));
-        let Ok(channel) = endpoint.connect().await else {
-            return false;
-        };
-        let request = pb::RangeRequest {
-            key: Bytes::from_static(b"none"),
-            ..Default::default()
-        };
-        KvClient::new(channel).range(request).await.is_ok()
+        match tokio::time::timeout(Duration::from_secs(2), asked).await {
+            Ok(Some(answer)) => answer.is_ok() || answer.is_err_and(|status| asks_who(&status)),
+            Ok(None) | Err(_) => false,
+        }
     }
 
     fn spawn(&mut self) {
@@ -260,15 +382,15 @@ impl Etcd {
             .append(true)
             .open(self.folder.join("log"))
             .expect("a log for etcd");
-        let program = std::env::var("SWITCHBOARD_ETCD").unwrap_or_else(|_| "etcd".to_owned());
+        let program = program();
         let client = self.endpoint();
-        let peer = format!("http://127.0.0.1:{}", self.peer_port);
+        let peer = self.peer_endpoint();
         let process = Command::new(&program)
             // Leases of a second need elections in less.
             .args(["--heartbeat-interval", "50", "--election-timeout", "500"])
             .arg("--data-dir")
             .arg(self.folder.join("data"))
-            .args(["--name", "one", "--initial-cluster", &format!("one={peer}")])
+            .args(["--name", &self.name, "--initial-cluster", &self.cluster])
             .args([
                 "--listen-client-urls",
                 &client,
@@ -282,6 +404,7 @@ impl Etcd {
                 &peer,
             ])
             .args(["--log-level", "warn"])
+            .args(&self.options)
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a second handle"))
             .stderr(log)
@@ -310,6 +433,94 @@ impl Drop for Etcd {
             let _ = fs::remove_dir_all(&self.folder);
         }
     }
+}
+
+// === impl Cluster ===
+
+impl Cluster {
+    /// Starts three members and waits until each answers.
+    pub async fn start() -> Self {
+        let mut members: Vec<_> = (0..3).map(|_| Etcd::stopped()).collect();
+        let all: Vec<_> = members.iter().map(Etcd::as_a_member).collect();
+        for member in &mut members {
+            member.cluster = all.join(",");
+        }
+        let mut cluster = Self { members };
+        cluster.restart().await;
+        cluster
+    }
+
+    /// Starts those that are not running, and waits until each answers.
+    pub async fn restart(&mut self) {
+        // All of them first: one alone has nobody to agree with.
+        for member in &mut self.members {
+            member.start_unattended();
+        }
+        for member in &mut self.members {
+            member.restart().await;
+        }
+    }
+
+    /// Kills all, and removes all that they knew.
+    pub fn lose_data(&mut self) {
+        for member in &mut self.members {
+            member.lose_data();
+        }
+    }
+
+    /// `http://host:port` of each.
+    pub fn endpoints(&self) -> Vec<String> {
+        self.members.iter().map(Etcd::endpoint).collect()
+    }
+
+    /// The number of the member that leads, once one does.
+    pub async fn leader(&self) -> usize {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            for (n, member) in self.members.iter().enumerate() {
+                if member.leads().await {
+                    return n;
+                }
+            }
+            assert!(Instant::now() < deadline, "no member leads");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// The number of a member that does not lead.
+    pub async fn follower(&self) -> usize {
+        (self.leader().await + 1) % self.members.len()
+    }
+}
+
+fn program() -> String {
+    std::env::var("SWITCHBOARD_ETCD").unwrap_or_else(|_| "etcd".to_owned())
+}
+
+async fn etcdctl(endpoint: &str, args: &[&str]) -> Result<String, String> {
+    let program = PathBuf::from(program()).with_file_name("etcdctl");
+    let ran = process::Command::new(&program)
+        .env("ETCDCTL_API", "3")
+        .args(["--endpoints", endpoint])
+        .args(args)
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await
+        .map_err(|error| format!("cannot run {}: {error}", program.display()))?;
+    if !ran.status.success() {
+        return Err(String::from_utf8_lossy(&ran.stderr).into_owned());
+    }
+    let mut said = String::from_utf8_lossy(&ran.stdout).into_owned();
+    if said.ends_with('\n') {
+        said.pop();
+    }
+    Ok(said)
+}
+
+/// It is well, and would like to know who asks.
+fn asks_who(status: &Status) -> bool {
+    status.code() == Code::InvalidArgument && status.message().contains("user name is empty")
 }
 
 /// A port that was free a moment ago.

@@ -7,8 +7,10 @@
 )]
 pub mod certificates;
 pub mod etcd;
+pub mod load;
 pub mod proxy;
 pub mod server;
+pub mod view;
 
 use std::{
     collections::HashSet,
