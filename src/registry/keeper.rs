@@ -54,7 +54,8 @@ pub(super) struct Keeper {
     own: Subscription,
     /// The lease that the record is under, or is to be.
     live: Option<Lease>,
-    /// The generation that it has, or had when it was last seen.
+    /// The generation that it has, while it is held. No longer: in a registry that lost its data another's may have
+    /// come into being at the very revision that ours did, and is not ours to delete.
     generation: Option<u64>,
     /// Others that were asked for and may be alive. A request whose answer was lost may still do its work.
     doubtful: Vec<i64>,
@@ -196,6 +197,7 @@ impl Keeper {
                     outcome.tell(Ok(()));
                     let since = Instant::now();
                     let why = self.hold(held).await;
+                    self.generation = None;
                     self.is_lost(why, since).await;
                 }
                 // Claiming => ended
@@ -206,9 +208,6 @@ impl Keeper {
                 // Claiming => (StandBy | Taken | refused)
                 Ok(Claimed::By(holder)) => {
                     failures = 0;
-                    // Ours is over. In a registry that lost its data another's may have come into being at the very
-                    // revision that ours did, and is not ours to delete.
-                    self.generation = None;
                     let exclusive = self.session.is_exclusive();
                     if outcome.is_open() && !exclusive && outcome.until.is_none() {
                         return outcome.tell(Err(self.held_by(&holder)));

@@ -255,18 +255,41 @@ impl Etcd {
 
     /// Forgets all history up to now, and returns the revision.
     pub async fn compact(&self) -> i64 {
-        let revision = self.revision().await;
-        let mut client = tonic::client::Grpc::new(self.channel().await);
-        client.ready().await.expect("a channel is ready");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            match self.try_compact().await {
+                Ok(revision) => return revision,
+                // It is choosing who leads.
+                Err(status) => {
+                    assert!(Instant::now() < deadline, "etcd does not compact: {status}")
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    async fn try_compact(&self) -> Result<i64, Status> {
+        let unavailable = |error: tonic::transport::Error| Status::unavailable(error.to_string());
+        let channel = self.channel_or_error().await.map_err(unavailable)?;
+        let request = pb::RangeRequest {
+            key: Bytes::from_static(b"none"),
+            ..Default::default()
+        };
+        let answer = KvClient::new(channel.clone()).range(request).await?;
+        let header = answer.into_inner().header.expect("it has a header");
+        let mut client = tonic::client::Grpc::new(channel);
+        client.ready().await.map_err(unavailable)?;
         let request = CompactionRequest {
-            revision,
+            revision: header.revision,
             physical: true,
         };
         let path = PathAndQuery::from_static("/etcdserverpb.KV/Compact");
         let codec = tonic_prost::ProstCodec::<CompactionRequest, pb::PutResponse>::default();
-        let answer = client.unary(Request::new(request), path, codec).await;
-        answer.expect("etcd compacts");
-        revision
+        match client.unary(Request::new(request), path, codec).await {
+            // That was compacted already: nothing has happened since.
+            Err(status) if status.code() == Code::OutOfRange => Ok(header.revision),
+            answer => answer.map(|_| header.revision),
+        }
     }
 
     /// Whether it leads its cluster; false if it does not say.
@@ -490,6 +513,21 @@ impl Cluster {
     /// The number of a member that does not lead.
     pub async fn follower(&self) -> usize {
         (self.leader().await + 1) % self.members.len()
+    }
+}
+
+/// Whether there is an etcd to start; if not, what to do.
+pub fn is_here() -> Result<(), String> {
+    let program = program();
+    let ran = Command::new(&program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output();
+    match ran {
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!(
+            "cannot start {program}: {error}; run ./tests/run, which gets etcd, or set SWITCHBOARD_ETCD to its path"
+        )),
     }
 }
 

@@ -293,6 +293,69 @@ async fn a_watch_that_breaks_at_once_each_time_is_no_busy_loop() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_is_forgotten_by_a_registry_that_was_rebuilt_has_a_while_to_return() {
+    // Given four sessions, of which the last was seen by a watch
+    let store = Arc::new(Scripted::default());
+    store.next_list(4, &[record(1, 2, 2), record(2, 3, 3), record(3, 4, 4)]);
+    let first = store.next_watch();
+    let mut updates = discovery(&hub(store.clone()), Naming).updates();
+    assert_eq!(heard(&mut updates).await.len(), 4);
+    first.send(Ok(vec![Event::Put(record(4, 5, 5))])).unwrap();
+    assert_eq!(heard(&mut updates).await, ["+4@5"]);
+
+    // When the registry begins anew, and one of them is back: at the revision of the first list, but not of all that
+    // was seen
+    store.next_list(4, &[record(3, 4, 4)]);
+    let watch = store.next_watch();
+    time::advance(Duration::from_secs(1)).await;
+    drop(first);
+    assert!(matches!(updates.next().await, Some(Update::Stale(_))));
+
+    // Then nobody is taken for gone, and that it is not known for certain is told
+    time::advance(Duration::from_secs(1)).await;
+    let told = heard(&mut updates).await;
+    assert_eq!(told[0], "synced");
+    assert!(told[1].contains("does not know 3 of those"), "{told:?}");
+
+    // And who returns, be it with the same words under the same revisions, is not forgotten when the time is over
+    let same = record(2, 3, 3);
+    watch
+        .send(Ok(vec![Event::Put(same), Event::Put(record(1, 7, 7))]))
+        .unwrap();
+    assert_eq!(heard(&mut updates).await, ["-1@2", "+1@7"]);
+    let mut told = Vec::new();
+    while told.last().is_none_or(|last| last != "synced") {
+        told.push(show(updates.next().await.expect("it has no end")));
+    }
+    assert_eq!(told, ["-4@5", "synced"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_empty_list_is_looked_at_twice() {
+    let store = Arc::new(Scripted::default());
+    store.next_list(4, &[record(1, 2, 2)]);
+    drop(store.next_watch());
+    store.next_list(9, &[]).next_list(10, &[record(1, 2, 2)]);
+    drop(store.next_watch());
+    store.next_list(11, &[]).next_list(12, &[]);
+    let _watch = store.next_watch();
+    let mut updates = discovery(&hub(store.clone()), Naming).updates();
+    let mut told = Vec::new();
+    while told.iter().filter(|told| *told == "synced").count() < 3 {
+        told.push(show(updates.next().await.expect("it has no end")));
+    }
+    let doubt =
+        "stale: the registry answered with nothing under *, where there were 1; it is asked again";
+    let broken = "stale: the watch broke: it ended";
+    assert_eq!(
+        told,
+        [
+            "+1@2", "synced", broken, doubt, "synced", broken, doubt, "-1@2", "synced"
+        ]
+    );
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_bad_record_costs_only_itself_and_is_counted_once() {
     let store = Arc::new(Scripted::default());
     let bad = raw("bad", b"{", 4, 4);

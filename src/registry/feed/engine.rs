@@ -136,7 +136,10 @@ impl Engine {
                     }
                 };
                 match told {
-                    Some(Ok(events)) => self.feed()?.happened(events),
+                    Some(Ok(events)) => {
+                        self.remember(&events);
+                        self.feed()?.happened(events);
+                    }
                     Some(Err(why)) => self.failed(why.into(), Some(since))?,
                     None => {
                         let why = Broken::Lost("it ended".into());
@@ -213,16 +216,18 @@ impl Engine {
         let Some(Forgotten { records, .. }) = self.forgotten.take() else {
             return Ok(());
         };
-        let feed = self.feed()?;
-        let gone = {
-            let state = feed.state();
-            let is_still = |record: &&Record| state.records.get(&record.key) == Some(*record);
-            let gone = records.iter().filter(is_still);
-            gone.map(|record| Event::Delete(record.key.clone()))
-                .collect()
-        };
-        feed.is_fresh(gone);
+        let gone = records.into_iter();
+        let gone = gone.map(|record| Event::Delete(record.key));
+        self.feed()?.is_fresh(gone.collect());
         Ok(())
+    }
+
+    /// These are spoken of again. That is how they are told: what has registered again may say the same under the
+    /// same revisions, which have begun anew.
+    fn remember(&mut self, events: &[Event]) {
+        if let Some(Forgotten { records, .. }) = &mut self.forgotten {
+            records.retain(|record| events.iter().all(|event| *event.key() != record.key));
+        }
     }
 
     /// Whether who has gone from a list may be kept. Whoever looks at a key alone is its owner, or wants to be, and

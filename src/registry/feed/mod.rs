@@ -45,6 +45,7 @@ pub(crate) struct Feed {
 #[derive(Default)]
 struct State {
     records: BTreeMap<Bytes, Record>,
+    /// The highest that is known.
     revision: u64,
     cluster: u64,
     listed: bool,
@@ -204,6 +205,7 @@ impl Feed {
         for event in &events {
             match event {
                 Event::Put(record) => {
+                    state.revision = state.revision.max(record.modified);
                     state.records.insert(record.key.clone(), record.clone());
                 }
                 Event::Delete(key) => {
