@@ -136,7 +136,15 @@ impl Engine {
                     }
                 };
                 match told {
-                    Some(Ok(events)) => self.feed()?.happened(events),
+                    Some(Ok(events)) => {
+                        // Whoever is spoken of is no longer forgotten: if in the same words, too. In a registry
+                        // that was rebuilt the same revisions come again.
+                        if let Some(Forgotten { records, .. }) = &mut self.forgotten {
+                            let told: HashSet<_> = events.iter().map(Event::key).collect();
+                            records.retain(|record| !told.contains(&record.key));
+                        }
+                        self.feed()?.happened(events);
+                    }
                     Some(Err(why)) => self.failed(why.into(), Some(since))?,
                     None => {
                         let why = Broken::Lost("it ended".into());
@@ -213,15 +221,8 @@ impl Engine {
         let Some(Forgotten { records, .. }) = self.forgotten.take() else {
             return Ok(());
         };
-        let feed = self.feed()?;
-        let gone = {
-            let state = feed.state();
-            let is_still = |record: &&Record| state.records.get(&record.key) == Some(*record);
-            let gone = records.iter().filter(is_still);
-            gone.map(|record| Event::Delete(record.key.clone()))
-                .collect()
-        };
-        feed.is_fresh(gone);
+        let gone = records.into_iter().map(|record| Event::Delete(record.key));
+        self.feed()?.is_fresh(gone.collect());
         Ok(())
     }
 
