@@ -270,7 +270,7 @@ impl Etcd {
     }
 
     /// Whether it leads its cluster; false if it does not say.
-    async fn leads(&self) -> bool {
+    pub async fn leads(&self) -> bool {
         let asked = async {
             let channel = self.channel_or_error().await.ok()?;
             let mut client = tonic::client::Grpc::new(channel);
@@ -293,6 +293,21 @@ impl Etcd {
         let mut leases = LeaseClient::new(self.channel().await);
         let revoked = leases.lease_revoke(pb::LeaseRevokeRequest { id }).await;
         revoked.expect("the record has a lease");
+    }
+
+    /// The same, if it is there and has one.
+    pub async fn expire_if_there(&self, key: &str) {
+        if let Some(pb::KeyValue { lease: id, .. }) = self.record(key).await {
+            let mut leases = LeaseClient::new(self.channel().await);
+            // It may have been over by itself meanwhile.
+            let _ = leases.lease_revoke(pb::LeaseRevokeRequest { id }).await;
+        }
+    }
+
+    /// The lease of a record, as etcdctl writes it: in hexadecimal digits; empty if there is no record.
+    pub async fn lease(&self, key: &str) -> String {
+        let record = self.record(key).await;
+        record.map_or_else(String::new, |record| format!("{:x}", record.lease))
     }
 
     /// A plain watch of this prefix from now on, on a connection of its own.
