@@ -251,7 +251,10 @@ impl Watching {
         let message = match self.watched.messages.message().await {
             Ok(Some(message)) => message,
             Ok(None) => return Err(Broken::Lost("etcd ended it".into())),
-            Err(status) => return Err(Broken::Lost(status.into())),
+            Err(status) => {
+                let failure = Failure::new("go on with it", status);
+                return Err(Broken::Lost(failure.into()));
+            }
         };
         if message.compact_revision > 0 {
             let at = positive(message.compact_revision);
