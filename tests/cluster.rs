@@ -6,21 +6,26 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use futures_util::{StreamExt as _, future, stream};
 
 use support::{
     etcd::Cluster,
-    eventually_async,
+    eventually, eventually_async,
     load::Load,
     proxy::{Mode, Proxy},
     server::EchoServer,
     view::{self, View, value},
 };
 use switchboard::{
-    ConnectionManager, EtcdRegistry, Registration, Session,
+    ConnectionManager, Registration, Session,
     registry::{RegistrationEvent, RegistrationState},
 };
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -34,8 +39,8 @@ struct Scene {
     watched: usize,
     proxies: Vec<Proxy>,
     view: View,
-    /// Each through a client of its own.
-    registrations: Vec<(EtcdRegistry, Registration)>,
+    registrations: Vec<Registration>,
+    losses: Arc<Mutex<Vec<String>>>,
     ids: Vec<String>,
     manager: ConnectionManager,
     load: Load,
@@ -68,11 +73,12 @@ impl Scene {
         let servers: Vec<_> = ids.iter().map(|id| EchoServer::start(id)).collect();
         let mut registrations = Vec::new();
         for server in &servers {
-            let registry = registry().await;
             let session = Session::new("echo", server.address()).with_id(server.id.as_str());
-            let registered = registry.register(session).await.expect("it is free");
-            registrations.push((registry, registered));
+            let registered = registry().await.register(session).await;
+            registrations.push(registered.expect("it is free"));
         }
+        let each_has_one = async || watches(&cluster).await.iter().sum::<u64>() == 6;
+        eventually_async("each watches its own key", each_has_one).await;
         // Whom a client talks to is left to chance. So until it comes out.
         let (caller, view) = loop {
             let before = watches(&cluster).await;
@@ -96,6 +102,7 @@ impl Scene {
             watched,
             proxies,
             view,
+            losses: losses(&registrations),
             registrations,
             ids,
             manager,
@@ -136,51 +143,39 @@ impl Scene {
         self.view.during(sleep(7 * SECOND)).await;
     }
 
-    /// Nobody was ever gone, and no call has failed.
-    async fn was_never_wrong(mut self, what: &str) {
-        self.is_exact("in the end", SEEN_AGAIN).await;
-        assert!(self.view.removed.is_empty(), "{:?}", self.view.removed);
-        for (_, registration) in &self.registrations {
-            let bound = Instant::now() + SEEN_AGAIN;
-            while !matches!(registration.state(), RegistrationState::Registered { .. }) {
-                assert!(Instant::now() < bound, "{}", registration.state());
-                sleep(Duration::from_millis(10)).await;
-            }
-            // What happened since would come at once; where it stands comes first.
-            let mut events = registration.events();
-            let first = tokio_stream::StreamExt::next(&mut events).await;
-            let first = first.expect("it has not ended");
-            assert!(
-                matches!(first, RegistrationEvent::Registered { .. }),
-                "{first}"
-            );
+    /// Up to now nobody was gone, no lease was lost, and no call has failed.
+    async fn was_never_wrong(&mut self, what: &str) {
+        self.is_exact(what, SEEN_AGAIN).await;
+        for registration in &self.registrations {
+            let is_registered =
+                || matches!(registration.state(), RegistrationState::Registered { .. });
+            eventually("each is registered", is_registered).await;
         }
-        let answered = self.load.all_answered().await;
-        eprintln!(
-            "{what}: {answered} calls were answered; {:?}",
-            self.view.stale
-        );
-        drop(self.manager);
+        let again = Load::start(&self.manager.channel("echo"), 0);
+        let answered = std::mem::replace(&mut self.load, again)
+            .all_answered()
+            .await;
+        let stale = std::mem::take(&mut self.view.stale);
+        eprintln!("{what}: {answered} calls were answered; it was stale because of {stale:?}");
+        assert!(self.view.removed.is_empty(), "{:?}", self.view.removed);
+        let losses = self.losses.lock().expect("no panic");
+        assert!(losses.is_empty(), "{losses:?}");
     }
+}
 
-    /// Events of all registrations, from now on: whether one was lost.
-    fn watch_for_losses(&self) -> tokio::task::JoinHandle<Vec<String>> {
-        let all: Vec<_> = self.registrations.iter().map(|(_, r)| r.events()).collect();
-        tokio::spawn(async move {
-            let mut lost = Vec::new();
-            let mut all = futures_util::stream::select_all(all);
-            while let Some(event) = futures_util::StreamExt::next(&mut all).await {
-                match event {
-                    RegistrationEvent::Lost { .. } | RegistrationEvent::Taken { .. } => {
-                        lost.push(event.to_string());
-                    }
-                    RegistrationEvent::Ended => return lost,
-                    _ => {}
-                }
+/// What the registrations tell of losses.
+fn losses(registrations: &[Registration]) -> Arc<Mutex<Vec<String>>> {
+    let losses = Arc::new(Mutex::new(Vec::new()));
+    let mut events = stream::select_all(registrations.iter().map(Registration::events));
+    let told = losses.clone();
+    tokio::spawn(async move {
+        while let Some(event) = events.next().await {
+            if let RegistrationEvent::Lost { .. } | RegistrationEvent::Taken { .. } = event {
+                told.lock().expect("no panic").push(event.to_string());
             }
-            lost
-        })
-    }
+        }
+    });
+    losses
 }
 
 /// How many watches each member has.
@@ -189,7 +184,7 @@ async fn watches(cluster: &Cluster) -> Vec<u64> {
         .members
         .iter()
         .map(|member| member.metric("etcd_debugging_mvcc_watcher_total"));
-    futures_util::future::join_all(watches).await
+    future::join_all(watches).await
 }
 
 /// What befalls a member.
@@ -205,7 +200,6 @@ async fn befalls(trouble: Trouble, leader: bool) {
     let mut scene = Scene::new(leader).await;
     let n = scene.watched;
     let what = format!("{trouble:?}-{}", if leader { "leader" } else { "follower" });
-    let losses = scene.watch_for_losses();
 
     // When something befalls the member that a caller talks to
     match trouble {
@@ -221,7 +215,7 @@ async fn befalls(trouble: Trouble, leader: bool) {
             let leads = others
                 .filter(|(other, _)| *other != n || matches!(trouble, Trouble::Partitioned))
                 .map(|(_, member)| member.leads());
-            futures_util::future::join_all(leads).await.contains(&true)
+            future::join_all(leads).await.contains(&true)
         })
         .await;
     }
@@ -232,9 +226,11 @@ async fn befalls(trouble: Trouble, leader: bool) {
     eprintln!("{what}: a change was seen {seen:?} after");
     assert!(seen < SEEN_AGAIN, "{seen:?}");
 
-    // And for as long as it lasts, and when it is over, nobody is said to be gone, and no lease is lost
+    // And for as long as it lasts nobody is said to be gone, no lease is lost, and no call fails
     scene.time_passes().await;
-    scene.is_exact(&what, SEEN_AGAIN).await;
+    scene.was_never_wrong(&what).await;
+
+    // And when it is over
     match trouble {
         Trouble::Killed => scene.cluster.members[n].restart().await,
         Trouble::Paused => scene.cluster.members[n].resume(),
@@ -243,14 +239,20 @@ async fn befalls(trouble: Trouble, leader: bool) {
             scene.proxies[n].reset();
         }
     }
-    scene.until_a_change_is_seen("again", n).await;
-    assert!(!losses.is_finished(), "a registration ended");
-    scene.was_never_wrong(&what).await;
-    let lost = timeout(SECOND, losses)
-        .await
-        .expect("they end")
-        .expect("no panic");
-    assert!(lost.is_empty(), "{what}: {lost:?}");
+    let over = format!("{what}, over");
+    if let (Trouble::Paused, true) = (trouble, leader) {
+        // Who led when it fell asleep may revoke leases before it finds out that it no longer does, in these
+        // versions of etcd (etcd-io/etcd#15247). What etcd says is gone is gone; it is soon there again.
+        scene.view.during(sleep(SECOND / 2)).await;
+        scene.is_exact(&over, 2 * SECOND).await;
+        eprintln!(
+            "{over}: etcd revoked the leases of {:?}",
+            scene.view.removed
+        );
+    } else {
+        scene.until_a_change_is_seen("again", n).await;
+        scene.was_never_wrong(&over).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -287,7 +289,6 @@ async fn a_leader_that_cannot_be_reached_is_left_within_seconds() {
 async fn a_quorum_that_is_lost_and_regained_costs_nobody_his_session() {
     // Given a cluster, and sessions in it
     let mut scene = Scene::new(false).await;
-    let losses = scene.watch_for_losses();
 
     // When two of three are gone, for longer than a TTL, and the one that is left is who a caller talks to
     let left = scene.watched;
@@ -318,13 +319,12 @@ async fn a_quorum_that_is_lost_and_regained_costs_nobody_his_session() {
         back.elapsed()
     );
 
-    // And every lease lives, for another TTL
+    // And every lease lives, for another TTL. That it may be over was said, for nobody could know.
+    let said = std::mem::take(&mut *scene.losses.lock().expect("no panic"));
+    eprintln!(
+        "quorum lost: {} of 6 said that they may be lost",
+        said.len()
+    );
     scene.time_passes().await;
     scene.was_never_wrong("quorum").await;
-    let lost = timeout(SECOND, losses)
-        .await
-        .expect("they end")
-        .expect("no panic");
-    // Nobody could know better; their records were there all the time.
-    eprintln!("quorum: {} said that they could not know", lost.len());
 }

@@ -186,11 +186,15 @@ impl Etcd {
             value: value.into().into(),
             lease: 0,
         };
-        self.kv()
-            .await
-            .put(request)
-            .await
-            .expect("etcd takes a record");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match self.kv().await.put(request.clone()).await {
+                Ok(_) => return,
+                // A member that has just come back may not be ready.
+                Err(status) if status.code() == Code::Unavailable && Instant::now() < deadline => {}
+                Err(status) => panic!("etcd takes no record: {status}"),
+            }
+        }
     }
 
     /// Deletes a record; whether there was one.
