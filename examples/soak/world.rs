@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering::SeqCst},
     time::{Duration, Instant},
 };
 
@@ -142,7 +142,11 @@ impl World {
             let _ = registration.deregister().await;
         }
         server.server.stop_gracefully();
-        time::sleep(Duration::from_millis(500)).await;
+        let seen = &server.server.seen;
+        let over = || seen.finished.load(SeqCst) + seen.cancelled.load(SeqCst);
+        while over() < seen.started.load(SeqCst) {
+            time::sleep(Duration::from_millis(10)).await;
+        }
     }
 
     /// Says something else of itself.

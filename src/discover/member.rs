@@ -107,6 +107,15 @@ impl Member {
         }
     }
 
+    /// The same, saying that it is stopping: when it is removed then, its calls in flight finish.
+    pub(crate) fn leaving(&self) -> Self {
+        let session = Session::clone(&self.session).with_stopping(true);
+        Self {
+            session: Arc::new(session),
+            ..self.clone()
+        }
+    }
+
     pub(crate) fn bar(&self) -> Option<&Bar> {
         self.barred.as_ref()
     }

@@ -55,6 +55,8 @@ struct Entry {
 #[derive(Default)]
 struct Round {
     before: HashMap<Arc<str>, Option<Arc<Member>>>,
+    /// Whose end was told.
+    ended: HashSet<Arc<str>>,
     addresses: HashSet<Arc<str>>,
     ids: HashSet<Arc<str>>,
 }
@@ -90,7 +92,10 @@ impl Known {
         for step in steps {
             match step {
                 Step::Put(found) => self.put(found, &mut round),
-                Step::Gone(key) => self.remove(&key, &mut round),
+                Step::Gone(key) => {
+                    self.remove(&key, &mut round);
+                    round.ended.insert(key);
+                }
             }
         }
         self.finish(round)
@@ -162,7 +167,7 @@ impl Known {
             }
         }
 
-        let (mut removed, mut inserted) = (Vec::new(), Vec::new());
+        let (mut leaving, mut removed, mut inserted) = (Vec::new(), Vec::new(), Vec::new());
         for (key, before) in round.before {
             let after = self.members.get(&key).map(|entry| entry.member.clone());
             let of = |member: &Arc<Member>| Key::new(key.clone(), member.generation());
@@ -171,6 +176,12 @@ impl Known {
                 (None, Some(new)) => inserted.push((of(&new), new)),
                 (Some(old), None) => removed.push(of(&old)),
                 (Some(old), Some(new)) if old.generation() != new.generation() => {
+                    // The same instance at the same address, and no end of it was seen: its record was lost and
+                    // written anew, as in an etcd that lost its data. It may well be alive, so its calls finish;
+                    // if it was restarted they have ended with its sockets.
+                    if claimed(&old) == claimed(&new) && !round.ended.contains(&key) {
+                        leaving.push((of(&old), Arc::new(old.leaving())));
+                    }
                     removed.push(of(&old));
                     inserted.push((of(&new), new));
                 }
@@ -182,16 +193,17 @@ impl Known {
         }
         // Those that are gone first, then those that are barred: so an address or an id is free when its
         // owner comes, and the last word on an id is its owner's.
+        leaving.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
         removed.sort_unstable_by_key(|key| key.generation);
         inserted.sort_unstable_by(|(a, m), (b, n)| {
             let rank = |key: &Key, member: &Member| (member.bar().is_none(), key.generation);
             rank(a, m).cmp(&rank(b, n)).then_with(|| a.key.cmp(&b.key))
         });
+        let insert = |(key, member)| Change::Insert(key, member);
+        let leaving = leaving.into_iter().map(insert);
         let removed = removed.into_iter().map(Change::Remove);
-        let inserted = inserted
-            .into_iter()
-            .map(|(key, member)| Change::Insert(key, member));
-        removed.chain(inserted).collect()
+        let inserted = inserted.into_iter().map(insert);
+        leaving.chain(removed).chain(inserted).collect()
     }
 
     fn bar(&self, key: &Arc<str>, member: &Member) -> Option<Bar> {
@@ -297,10 +309,15 @@ mod tests {
         let steps = [Step::Gone("k1".into()), Step::Put(found(1, 1, 1, 9, 9))];
         assert_eq!(shown(&known.apply(steps)), ["-k1@5", "+k1@9"]);
         // As a list tells it, which did not see the delete; and at a lower revision, as of a restored etcd.
-        assert_eq!(
-            shown(&known.replace(vec![found(1, 1, 1, 3, 3)])),
-            ["-k1@9", "+k1@3"]
-        );
+        let changes = known.replace(vec![found(1, 1, 1, 3, 3)]);
+        assert_eq!(shown(&changes), ["+k1@9", "-k1@9", "+k1@3"]);
+        let Change::Insert(_, leaving) = &changes[0] else {
+            panic!("it is told that it stops");
+        };
+        assert!(leaving.stopping(), "its calls are to finish");
+        // Elsewhere it is another process, for all that is known.
+        let changes = known.replace(vec![found(1, 2, 1, 4, 4)]);
+        assert_eq!(shown(&changes), ["-k1@3", "+k1@4"]);
     }
 
     #[test]

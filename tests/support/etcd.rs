@@ -186,11 +186,15 @@ impl Etcd {
             value: value.into().into(),
             lease: 0,
         };
-        self.kv()
-            .await
-            .put(request)
-            .await
-            .expect("etcd takes a record");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match self.kv().await.put(request.clone()).await {
+                Ok(_) => return,
+                // A member that has just come back may not be ready.
+                Err(status) if status.code() == Code::Unavailable && Instant::now() < deadline => {}
+                Err(status) => panic!("etcd takes no record: {status}"),
+            }
+        }
     }
 
     /// Deletes a record; whether there was one.
@@ -293,7 +297,7 @@ impl Etcd {
     }
 
     /// Whether it leads its cluster; false if it does not say.
-    async fn leads(&self) -> bool {
+    pub async fn leads(&self) -> bool {
         let asked = async {
             let channel = self.channel_or_error().await.ok()?;
             let mut client = tonic::client::Grpc::new(channel);
@@ -316,6 +320,21 @@ impl Etcd {
         let mut leases = LeaseClient::new(self.channel().await);
         let revoked = leases.lease_revoke(pb::LeaseRevokeRequest { id }).await;
         revoked.expect("the record has a lease");
+    }
+
+    /// The same, if it is there and has one.
+    pub async fn expire_if_there(&self, key: &str) {
+        if let Some(pb::KeyValue { lease: id, .. }) = self.record(key).await {
+            let mut leases = LeaseClient::new(self.channel().await);
+            // It may have been over by itself meanwhile.
+            let _ = leases.lease_revoke(pb::LeaseRevokeRequest { id }).await;
+        }
+    }
+
+    /// The lease of a record, as etcdctl writes it: in hexadecimal digits; empty if there is no record.
+    pub async fn lease(&self, key: &str) -> String {
+        let record = self.record(key).await;
+        record.map_or_else(String::new, |record| format!("{:x}", record.lease))
     }
 
     /// A plain watch of this prefix from now on, on a connection of its own.

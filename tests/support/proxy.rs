@@ -22,6 +22,8 @@ pub enum Mode {
     Pass,
     /// Takes everything and passes nothing on, in both directions, as a dead link does.
     Swallow,
+    /// Passes on what is asked, and not what is answered.
+    SwallowAnswers,
 }
 
 /// A running proxy; dropping it closes all that goes through it.
@@ -117,8 +119,8 @@ async fn link(
     let (client_read, client_write) = client.into_split();
     let (server_read, server_write) = server.into_split();
     tokio::select! {
-        () = copy(client_read, server_write, modes.clone(), delay.clone()) => {}
-        () = copy(server_read, client_write, modes, delay) => {}
+        () = copy(client_read, server_write, Mode::SwallowAnswers, modes.clone(), delay.clone()) => {}
+        () = copy(server_read, client_write, Mode::Pass, modes, delay) => {}
         _ = reset.changed() => {}
     }
 }
@@ -126,6 +128,8 @@ async fn link(
 async fn copy(
     mut from: tokio::net::tcp::OwnedReadHalf,
     mut to: tokio::net::tcp::OwnedWriteHalf,
+    // Passes in this mode as well.
+    also: Mode,
     modes: watch::Receiver<Mode>,
     delay: Arc<AtomicU64>,
 ) {
@@ -145,7 +149,8 @@ async fn copy(
         if delay > 0 {
             tokio::time::sleep(Duration::from_millis(delay)).await;
         }
-        if *modes.borrow() == Mode::Pass && to.write_all(&buffer[..read]).await.is_err() {
+        let passes = matches!(*modes.borrow(), mode if mode == Mode::Pass || mode == also);
+        if passes && to.write_all(&buffer[..read]).await.is_err() {
             return;
         }
     }

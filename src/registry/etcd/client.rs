@@ -16,6 +16,7 @@ use tonic::{Code, Request, Response, Status, Streaming, metadata::MetadataValue}
 use super::{
     failure::Failure,
     members::{Member, Members},
+    past::Past,
     pb::{
         self, auth_client::AuthClient, kv_client::KvClient, lease_client::LeaseClient,
         watch_client::WatchClient, watch_request::RequestUnion,
@@ -34,6 +35,7 @@ const NEW_TOKEN: Duration = Duration::from_secs(10);
 pub(super) struct Client {
     members: Members,
     user: Option<User>,
+    pub(super) past: Past,
 }
 
 /// A user of etcd's own authentication.
@@ -58,7 +60,11 @@ pub(super) struct Watched {
 
 impl Client {
     pub(super) fn new(members: Members, user: Option<User>) -> Self {
-        Self { members, user }
+        Self {
+            members,
+            user,
+            past: Past::default(),
+        }
     }
 
     pub(super) async fn range(

@@ -7,6 +7,7 @@
 mod client;
 mod failure;
 mod members;
+mod past;
 mod store;
 
 use std::{collections::BTreeSet, fmt, sync::Arc, time::Duration};

@@ -9,6 +9,7 @@ use tokio::time;
 use super::{
     client::{Client, Watched},
     failure::Failure,
+    past::Known,
     pb::{
         self,
         compare::{CompareResult, CompareTarget, TargetUnion},
@@ -46,6 +47,7 @@ struct Watching {
     watched: Watched,
     /// The revision that etcd was at.
     before: u64,
+    past: Known,
 }
 
 // === impl EtcdStore ===
@@ -53,6 +55,7 @@ struct Watching {
 impl EtcdStore {
     async fn list_all(&self, scope: &Scope) -> Result<Listing, Failure> {
         let range_end = end_of(scope);
+        let before = self.client.past.before();
         let mut listing = Listing::default();
         let mut key = scope.start().clone();
         let (mut revision, mut limit) = (0, FIRST_PAGE);
@@ -70,7 +73,9 @@ impl EtcdStore {
                 let header = page.header.unwrap_or_default();
                 revision = header.revision;
                 listing.revision = positive(revision);
-                listing.cluster = header.cluster_id;
+                // One that lost its data is another, whatever it is called.
+                let losses = self.client.past.listed(before, listing.revision);
+                listing.cluster = header.cluster_id.wrapping_add(losses);
             }
             let last = page.kvs.last().map(|kv| kv.key.clone());
             limit = next_limit(&page.kvs);
@@ -90,7 +95,9 @@ impl EtcdStore {
             progress_notify: true,
         };
         let lost = |failure: Failure| Broken::Lost(failure.into());
+        let past = self.client.past.before();
         let mut watching = Watching {
+            past,
             watched: self
                 .client
                 .watch(request, self.timeout)
@@ -166,10 +173,12 @@ impl EtcdStore {
             success: vec![op(write)],
             failure: vec![op(read)],
         };
+        let before = self.client.past.before();
         let answer = self.client.txn(request, self.timeout).await?;
+        let revision = answer.header.map_or(0, |header| positive(header.revision));
+        self.client.past.reached(before, revision);
         if answer.succeeded {
-            let revision = answer.header.map_or(0, |header| header.revision);
-            return Ok(Written::Done(positive(revision)));
+            return Ok(Written::Done(revision));
         }
         let there = answer.responses.iter().find_map(|op| match &op.response {
             Some(response_op::Response::ResponseRange(range)) => range.kvs.first(),
@@ -242,7 +251,10 @@ impl Watching {
         let message = match self.watched.messages.message().await {
             Ok(Some(message)) => message,
             Ok(None) => return Err(Broken::Lost("etcd ended it".into())),
-            Err(status) => return Err(Broken::Lost(status.into())),
+            Err(status) => {
+                let failure = Failure::new("go on with it", status);
+                return Err(Broken::Lost(failure.into()));
+            }
         };
         if message.compact_revision > 0 {
             let at = positive(message.compact_revision);
@@ -264,6 +276,7 @@ impl Watching {
             );
             return Err(Broken::Lost(why.into()));
         }
+        self.client.past.reached(self.past, revision);
         Ok(message.events.into_iter().filter_map(event).collect())
     }
 }

@@ -226,7 +226,8 @@ impl Engine {
     /// same revisions, which have begun anew.
     fn remember(&mut self, events: &[Event]) {
         if let Some(Forgotten { records, .. }) = &mut self.forgotten {
-            records.retain(|record| events.iter().all(|event| *event.key() != record.key));
+            let told: HashSet<_> = events.iter().map(Event::key).collect();
+            records.retain(|record| !told.contains(&record.key));
         }
     }
 
