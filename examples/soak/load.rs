@@ -1,7 +1,7 @@
 //! Calls without end, and what became of them.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -15,7 +15,7 @@ use tonic::{Request, Status};
 
 use crate::{
     support::server::pb::{EchoRequest, echo_client::EchoClient},
-    world::{Truth, World, Wrong, lock},
+    world::{HINDSIGHT, Truth, World, Wrong, lock},
 };
 
 /// Callers of each client.
@@ -78,6 +78,8 @@ impl Load {
 
 async fn keep_calling(channel: Channel, truth: Arc<Mutex<Truth>>, shared: Arc<Shared>) {
     let mut tally = Tally::default();
+    // Judged a little later: what was done to the server may not be known at once.
+    let mut failures = VecDeque::new();
     while !shared.stop.load(Relaxed) {
         let began = Instant::now();
         let delay = match fastrand::u8(..) {
@@ -99,8 +101,18 @@ async fn keep_calling(channel: Channel, truth: Arc<Mutex<Truth>>, shared: Arc<Sh
         shared.calls.fetch_add(1, Relaxed);
         if let Err(status) = result {
             shared.failed.fetch_add(1, Relaxed);
+            failures.push_back((Instant::now(), status));
+        }
+        while let Some((at, _)) = failures.front()
+            && at.elapsed() >= HINDSIGHT
+            && let Some((_, status)) = failures.pop_front()
+        {
             tally.failed(&status, &lock(&truth));
         }
+    }
+    tokio::time::sleep(HINDSIGHT).await;
+    for (_, status) in failures {
+        tally.failed(&status, &lock(&truth));
     }
     let mut all = shared.tally.lock().unwrap_or_else(PoisonError::into_inner);
     all.add(tally);

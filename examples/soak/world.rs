@@ -6,9 +6,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::StreamExt as _;
 use switchboard::{
-    Channel, ConnectionManager, EtcdRegistry, Registration, Session,
+    Channel, ConnectionManager, Error, EtcdRegistry, Kind, Registration, Session,
     manager::{Connectivity, Discovery, Status},
+    registry::{RegistrationEvent, RegistrationEvents},
 };
 use tokio::{task::JoinHandle, time};
 
@@ -40,6 +42,9 @@ struct Server {
     registration: Option<Registration>,
 }
 
+/// How long it may take until it is known what was done to a server that is missed, or whose call failed.
+pub(crate) const HINDSIGHT: Duration = Duration::from_secs(1);
+
 /// What is true of the servers.
 #[derive(Default)]
 pub(crate) struct Truth {
@@ -47,6 +52,8 @@ pub(crate) struct Truth {
     well: BTreeMap<&'static str, String>,
     /// When something was last done to it.
     disturbed: BTreeMap<&'static str, Instant>,
+    /// How often etcd deleted the session of a server that was well.
+    deleted: u64,
     wrong: Wrong,
 }
 
@@ -104,6 +111,7 @@ impl World {
                 .expect("whole")
                 .is_wrong("a server that could not register within a minute");
         }
+        tokio::spawn(listen(id, registration.events(), self.truth.clone()));
         let mut truth = lock(&self.truth);
         truth.well.insert(id, server.address());
         truth.is_disturbed(id);
@@ -217,21 +225,34 @@ impl World {
     pub(crate) fn watch(&self) -> JoinHandle<()> {
         let (clients, truth) = (self.clients.clone(), self.truth.clone());
         tokio::spawn(async move {
+            let mut missed: BTreeMap<(usize, &str), Instant> = BTreeMap::new();
             loop {
                 time::sleep(Duration::from_millis(20)).await;
-                for manager in &clients {
+                for (n, manager) in clients.iter().enumerate() {
                     let status = manager.status();
                     let mut truth = lock(&truth);
-                    let well: Vec<_> = truth.well.keys().copied().collect();
-                    for id in well {
-                        if !truth.was_disturbed(id) && !knows(&status, id) {
-                            let what = format!("{id} was well, and taken for gone");
-                            *truth.wrong.entry(what).or_default() += 1;
+                    for id in SERVERS {
+                        if truth.was_disturbed(id) || knows(&status, id) {
+                            continue;
                         }
+                        missed.entry((n, id)).or_insert_with(Instant::now);
                     }
+                    missed.retain(|(_, id), since| {
+                        let told = truth.was_disturbed(id);
+                        let over = since.elapsed() >= HINDSIGHT;
+                        if over && !told {
+                            truth.is_wrong(&format!("{id} was well, and taken for gone"));
+                        }
+                        !told && !over
+                    });
                 }
             }
         })
+    }
+
+    /// How often etcd deleted the session of a server that was well.
+    pub(crate) fn deleted(&self) -> u64 {
+        lock(&self.truth).deleted
     }
 
     pub(crate) fn wrong(&self) -> Wrong {
@@ -261,6 +282,20 @@ impl Truth {
     /// This is what must not be.
     pub(crate) fn is_wrong(&mut self, what: &str) {
         *self.wrong.entry(what.to_owned()).or_default() += 1;
+    }
+}
+
+/// What etcd itself does to a server that is well.
+async fn listen(id: &'static str, mut events: RegistrationEvents, truth: Arc<Mutex<Truth>>) {
+    while let Some(event) = events.next().await {
+        // That it was not confirmed in time does not mean that it was not there.
+        if let RegistrationEvent::Lost { why } = event
+            && Error::of(&*why).map(Error::kind) != Some(Kind::RegistryUnreachable)
+        {
+            let mut truth = lock(&truth);
+            truth.is_disturbed(id);
+            truth.deleted += 1;
+        }
     }
 }
 
