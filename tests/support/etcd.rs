@@ -114,6 +114,17 @@ impl Etcd {
         self
     }
 
+    /// Whether this version of etcd has such an option.
+    pub async fn knows_option(&self, option: &str) -> bool {
+        let ran = process::Command::new(program())
+            .arg("--help")
+            .output()
+            .await;
+        let ran = ran.expect("etcd runs");
+        let help = [ran.stdout, ran.stderr].concat();
+        String::from_utf8_lossy(&help).contains(option)
+    }
+
     fn as_a_member(&self) -> String {
         format!("{}={}", self.name, self.peer_endpoint())
     }
