@@ -22,7 +22,7 @@ use support::{
     view::{self, View, value},
 };
 use switchboard::{
-    ConnectionManager, Registration, Session,
+    ConnectionManager, Kind, Registration, Session,
     registry::{RegistrationEvent, RegistrationState},
 };
 use tokio::time::sleep;
@@ -39,7 +39,9 @@ struct Scene {
     watched: usize,
     proxies: Vec<Proxy>,
     view: View,
+    /// Of the servers, and of the active one of an exclusive role.
     registrations: Vec<Registration>,
+    standby: Registration,
     losses: Arc<Mutex<Vec<String>>>,
     ids: Vec<String>,
     manager: ConnectionManager,
@@ -77,7 +79,12 @@ impl Scene {
             let registered = registry().await.register(session).await;
             registrations.push(registered.expect("it is free"));
         }
-        let each_has_one = async || watches(&cluster).await.iter().sum::<u64>() == 6;
+        let coord = |address| Session::new("coord", address).with_exclusive(true);
+        let active = registry().await.register(coord("a:1")).await;
+        registrations.push(active.expect("it is free"));
+        let standby = registry().await.register(coord("b:1")).await;
+        let standby = standby.expect("it stands by");
+        let each_has_one = async || watches(&cluster).await.iter().sum::<u64>() == 8;
         eventually_async("each watches its own key", each_has_one).await;
         // Whom a client talks to is left to chance. So until it comes out.
         let (caller, view) = loop {
@@ -104,6 +111,7 @@ impl Scene {
             view,
             losses: losses(&registrations),
             registrations,
+            standby,
             ids,
             manager,
             load,
@@ -151,6 +159,11 @@ impl Scene {
                 || matches!(registration.state(), RegistrationState::Registered { .. });
             eventually("each is registered", is_registered).await;
         }
+        let state = self.standby.state();
+        assert!(
+            matches!(state, RegistrationState::StandBy { .. }),
+            "{state}"
+        );
         let again = Load::start(&self.manager.channel("echo"), 0);
         let answered = std::mem::replace(&mut self.load, again)
             .all_answered()
@@ -337,6 +350,18 @@ async fn a_quorum_that_is_lost_and_regained_costs_nobody_his_session() {
     scene.time_passes().await;
     assert!(scene.view.is_stale, "nothing can be known");
 
+    // Then what is asked for meanwhile ends in time, and says why it came to nothing
+    let began = Instant::now();
+    let change = |session: Session| session.with_version("2");
+    let updated = scene.view.during(scene.registrations[0].update(change));
+    let error = updated.await.expect_err("nothing can be written");
+    assert_eq!(error.kind(), Kind::RegistryUnreachable, "{error}");
+    eprintln!(
+        "quorum lost: an update failed after {:?}: {error}",
+        began.elapsed()
+    );
+    assert!(began.elapsed() < 6 * SECOND, "{:?}", began.elapsed());
+
     // When they are back, then the view is exact soon
     let view = &mut scene.view;
     view.during(scene.cluster.restart()).await;
@@ -351,7 +376,7 @@ async fn a_quorum_that_is_lost_and_regained_costs_nobody_his_session() {
     // And every lease lives, for another TTL. That it may be over was said, for nobody could know.
     let said = std::mem::take(&mut *scene.losses.lock().expect("no panic"));
     eprintln!(
-        "quorum lost: {} of 6 said that they may be lost",
+        "quorum lost: {} of 7 said that they may be lost",
         said.len()
     );
     scene.time_passes().await;
