@@ -15,6 +15,7 @@ use futures_util::StreamExt as _;
 use support::{
     etcd::Etcd,
     eventually, eventually_async,
+    proxy::{Mode, Proxy},
     server::pb::{EchoRequest, echo_client::EchoClient},
     view::{self, View, value},
 };
@@ -22,7 +23,7 @@ use switchboard::{
     ConnectionManager, Error, EtcdRegistry, Kind, Session,
     discover::{Change, Update},
     endpoint::Target as _,
-    registry::RegistrationState,
+    registry::{RegistrationEvent, RegistrationState},
 };
 use tokio::{
     runtime::{self, Runtime},
@@ -528,4 +529,401 @@ async fn a_thousand_sessions_and_a_hundred_changes_a_second() {
     );
     assert!(p99 < SECOND / 10, "p99 {p99:?}");
     assert_eq!(view.synced, 1);
+}
+
+/// How the connection is lost.
+#[derive(Clone, Copy, Debug)]
+enum Break {
+    Reset,
+    Silence,
+}
+
+/// Scenario 13.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_that_broke_is_exact_again_although_its_history_is_gone() {
+    for how in [Break::Reset, Break::Silence] {
+        // Given a view through a proxy
+        let etcd = Etcd::start().await;
+        let proxy = Proxy::start(etcd.address().parse().expect("host:port")).await;
+        for id in ["changes", "goes", "returns", "stays"] {
+            etcd.put(&format!("demo/echo/{id}"), value(&format!("{id}:1")))
+                .await;
+        }
+        let registry = view::registry(&[format!("http://{}", proxy.address())]).await;
+        let mut view = View::listed(&registry, "echo").await;
+        let before = view.member("returns").expect("it is there").generation();
+
+        // When its connection is lost, and all kinds of things happen and are forgotten before it heals
+        proxy.set(Mode::Swallow);
+        if let Break::Reset = how {
+            proxy.reset();
+            view.until(5 * SECOND, "the break", |v| v.is_stale).await;
+        }
+        etcd.put("demo/echo/changes", value("changed:1")).await;
+        etcd.delete("demo/echo/goes").await;
+        etcd.delete("demo/echo/returns").await;
+        etcd.put("demo/echo/returns", value("returns:1")).await;
+        etcd.put("demo/echo/comes", value("comes:1")).await;
+        etcd.compact().await;
+        if let Break::Silence = how {
+            // It is found out by itself, and not by a connection that ends.
+            let took = view.until(8 * SECOND, "the break", |v| v.is_stale).await;
+            eprintln!("{how:?}: found out after {took:?}");
+        }
+        assert!(view.has(&["changes", "goes", "returns", "stays"]));
+
+        // Then the view is exact within two seconds of that
+        proxy.set(Mode::Pass);
+        proxy.reset();
+        let healed = |v: &View| !v.is_stale && v.has(&["changes", "comes", "returns", "stays"]);
+        let took = view.until(2 * SECOND, "it is exact", healed).await;
+        eprintln!("{how:?}: exact {took:?} after it healed");
+        let changed = view.member("changes").expect("it is there");
+        assert_eq!(changed.session().address(), "changed:1");
+        let returned = view.member("returns").expect("it is there");
+        assert!(returned.generation() > before, "it is another generation");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_etcd_that_was_rebuilt_at_a_lower_revision_is_believed_and_its_lost_are_given_time() {
+    // Given a view of an etcd at a high revision
+    let mut etcd = Etcd::start().await;
+    for n in 0..50 {
+        etcd.put("demo/echo/a", value(&format!("a:{}", n + 1)))
+            .await;
+    }
+    etcd.put("demo/echo/b", value("b:1")).await;
+    let mut view = View::listed(&registry(&etcd).await, "echo").await;
+    let before = etcd.revision().await;
+
+    // When it is rebuilt, with one of the two and one more
+    etcd.lose_data();
+    etcd.restart().await;
+    etcd.put("demo/echo/a", value("a:50")).await;
+    etcd.put("demo/echo/c", value("c:1")).await;
+    let rebuilt = Instant::now();
+    assert!(etcd.revision().await < before);
+
+    // Then what it has is seen within two seconds, and what it has not is kept for some more
+    view.until(2 * SECOND, "what it has", |v| v.has(&["a", "b", "c"]))
+        .await;
+    let says = |v: &View| v.stale.iter().any(|why| why.contains("does not know 1"));
+    view.until(SECOND, "it says that it is in doubt", says)
+        .await;
+    assert!(view.is_stale);
+    let exact = |v: &View| v.has(&["a", "c"]) && !v.is_stale;
+    view.until(5 * SECOND, "it is exact", exact).await;
+    eprintln!("rebuilt; exact {:?} after", rebuilt.elapsed());
+    assert!(rebuilt.elapsed() > 2 * SECOND, "{:?}", rebuilt.elapsed());
+
+    // And what happens there is seen, although the old etcd had been at that revision before
+    etcd.put("demo/echo/d", value("d:1")).await;
+    view.until(SECOND, "a change", |v| v.has(&["a", "c", "d"]))
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_empty_answer_right_after_one_that_was_not_is_looked_at_twice() {
+    // Given a view that is cut off, while all go and two return
+    let etcd = Etcd::start().await;
+    let proxy = Proxy::start(etcd.address().parse().expect("host:port")).await;
+    etcd.put("demo/echo/a", value("a:1")).await;
+    etcd.put("demo/echo/b", value("b:1")).await;
+    let registry = view::registry(&[format!("http://{}", proxy.address())]).await;
+    let mut view = View::listed(&registry, "echo").await;
+    let cut = async |view: &mut View| {
+        proxy.set(Mode::Swallow);
+        proxy.reset();
+        view.until(5 * SECOND, "the break", |v| v.is_stale).await;
+        view.stale.clear();
+    };
+    cut(&mut view).await;
+    etcd.delete("demo/echo/a").await;
+    etcd.delete("demo/echo/b").await;
+
+    // When it is back, and all is empty, then that is doubted, and who has returned meanwhile was never gone
+    proxy.set(Mode::Pass);
+    proxy.reset();
+    let doubts = |v: &View| v.stale.iter().any(|why| why.contains("it is asked again"));
+    view.until(3 * SECOND, "it doubts", doubts).await;
+    assert!(view.has(&["a", "b"]) && view.removed.is_empty());
+    etcd.put("demo/echo/a", value("a:1")).await;
+    view.until(2 * SECOND, "it is exact", |v| v.has(&["a"]) && !v.is_stale)
+        .await;
+
+    // When it is empty once more, then that is believed at the second look
+    cut(&mut view).await;
+    etcd.delete("demo/echo/a").await;
+    proxy.set(Mode::Pass);
+    proxy.reset();
+    let exact = |v: &View| v.has(&[]) && !v.is_stale;
+    let took = view.until(3 * SECOND, "it is exact", exact).await;
+    assert!(doubts(&view), "{:?}", view.stale);
+    eprintln!("emptied; believed {took:?} after it was back");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_who_look_through_one_registry_share_a_watch_and_a_connection() {
+    // Given one registry with managers, views and registrations, of its clones too
+    let etcd = Etcd::start().await;
+    let watches = async || etcd.metric("etcd_debugging_mvcc_watcher_total").await;
+    let registry = registry(&etcd).await;
+    let mut views = Vec::new();
+    for _ in 0..3 {
+        views.push(View::listed(&registry.clone(), "echo").await);
+    }
+    let managers: Vec<_> = (0..3)
+        .map(|_| ConnectionManager::builder(registry.clone()).build())
+        .collect();
+    for manager in &managers {
+        let mut client = EchoClient::new(manager.channel("echo"));
+        let called = client.unary(EchoRequest::default()).await;
+        called.expect_err("nobody is there");
+    }
+
+    // When all of them look at one role, then that is one watch
+    eventually_async("one watch", async || watches().await == 1).await;
+
+    // When three sessions are registered, then each has that of its own key besides
+    let mut held = Vec::new();
+    for n in 0..3 {
+        let session = Session::new("echo", format!("h:{}", n + 1));
+        held.push(registry.register(session).await.expect("it is free"));
+    }
+    for view in &mut views {
+        view.until(SECOND, "all", |v| v.has(&["h:1", "h:2", "h:3"]))
+            .await;
+    }
+    eventually_async("and one for each key", async || watches().await == 4).await;
+    #[cfg(target_os = "linux")]
+    assert_eq!(connections_to(&etcd.address()), 1);
+
+    // When they go, then their watches do
+    drop((managers, held));
+    eventually_async("the views' is left", async || watches().await == 1).await;
+    drop(views);
+    eventually_async("none is left", async || watches().await == 0).await;
+}
+
+/// Users root and app, of which the latter may use what is under demo/.
+async fn with_users(etcd: &Etcd) {
+    for args in [
+        &["user", "add", "root:secret"][..],
+        &["role", "add", "root"],
+        &["user", "grant-role", "root", "root"],
+        &["role", "add", "app"],
+        &[
+            "role",
+            "grant-permission",
+            "app",
+            "--prefix=true",
+            "readwrite",
+            "demo/",
+        ],
+        &["user", "add", "app:pw-4711"],
+        &["user", "grant-role", "app", "app"],
+        &["user", "add", "nobody:pw-4711"],
+    ] {
+        etcd.etcdctl(args).await;
+    }
+}
+
+async fn as_user(endpoint: String, name: &str, password: &str) -> EtcdRegistry {
+    let builder = EtcdRegistry::builder([endpoint], "demo").user(name, password);
+    let registry = builder.connect().await.expect("a good endpoint");
+    registry.with_ttl(2 * SECOND).expect("a good TTL")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_etcd_that_asks_who_one_is_is_told_and_says_readably_what_it_does_not_like() {
+    // Given an etcd with users
+    let etcd = Etcd::start().await;
+    with_users(&etcd).await;
+    etcd.etcdctl(&["auth", "enable"]).await;
+
+    // When one proves to be a user, then all goes well
+    let app = as_user(etcd.endpoint(), "app", "pw-4711").await;
+    let mut view = View::listed(&app, "echo").await;
+    let mut held = app
+        .register(Session::new("echo", "h:1"))
+        .await
+        .expect("it may");
+    view.until(SECOND, "it is seen", |v| v.has(&["h:1"])).await;
+    let change = |s: Session| s.with_version("2");
+    held.update(change).await.expect("it may");
+    assert_eq!(app.allocate_id().await.expect("it may"), 1);
+    held.deregister().await.expect("it may");
+    view.until(SECOND, "it goes", |v| v.has(&[])).await;
+
+    // When one does not, or is another, then the error says what is wrong
+    let anonymous = registry(&etcd).await;
+    let wrong = as_user(etcd.endpoint(), "app", "wrong").await;
+    let nobody = as_user(etcd.endpoint(), "nobody", "pw-4711").await;
+    for (registry, says) in [
+        (&anonymous, "user name is empty"),
+        (&wrong, "invalid user ID or password"),
+        (&nobody, "permission denied"),
+    ] {
+        let registered = registry.register(Session::new("echo", "h:2")).await;
+        let error = registered.expect_err("it may not");
+        eprintln!("{error}");
+        assert!(error.to_string().contains(says), "{error}");
+        assert_eq!(error.kind(), Kind::Service, "{error}");
+        assert!(!format!("{registry:?} {error:?}").contains("pw-4711"));
+        let mut view = View::of(registry, "echo");
+        view.until(5 * SECOND, "it says so", |v| !v.stale.is_empty())
+            .await;
+        assert!(view.stale[0].contains(says), "{:?}", view.stale);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_that_etcd_forgets_are_replaced_and_nobody_notices() {
+    // Given an etcd with users, that forgets tokens after a second, if it can be told to
+    let mut etcd = Etcd::stopped();
+    let forgets = etcd.knows_option("--auth-token-ttl").await;
+    if forgets {
+        etcd = etcd.with_options(&["--auth-token-ttl", "1"]);
+    }
+    etcd.restart().await;
+    with_users(&etcd).await;
+    etcd.etcdctl(&["auth", "enable"]).await;
+    let proxy = Proxy::start(etcd.address().parse().expect("host:port")).await;
+    let app = as_user(format!("http://{}", proxy.address()), "app", "pw-4711").await;
+    let mut view = View::listed(&app, "echo").await;
+    let registered = app.register(Session::new("echo", "h:1")).await;
+    let mut held = registered.expect("it may");
+    view.until(SECOND, "it is seen", |v| v.has(&["h:1"])).await;
+    let mut events = held.events();
+
+    for (n, what) in ["age", "restart", "users change"].iter().enumerate() {
+        // When the token is forgotten: by its age, with the member that made it, or since users have changed
+        match *what {
+            "age" => {}
+            "restart" => {
+                etcd.kill();
+                view.during(etcd.restart()).await;
+            }
+            _ => {
+                let root = ["--user", "root:secret", "user", "add", "more:pw-4711"];
+                etcd.etcdctl(&root).await;
+            }
+        }
+        // For longer than the TTL, and the token's.
+        view.during(sleep(3 * SECOND)).await;
+
+        // Then updates, watches and beats go on
+        let version = n.to_string();
+        let change = |s: Session| s.with_version(version.as_str());
+        held.update(change).await.expect(what);
+        let seen = |v: &View| {
+            v.member("h:1")
+                .is_some_and(|m| m.session().version() == version && !v.is_stale)
+        };
+        view.until(3 * SECOND, what, seen).await;
+        // With a watch that is made anew.
+        let lists = view.synced;
+        proxy.reset();
+        view.until(5 * SECOND, "the next list", |v| v.synced > lists)
+            .await;
+    }
+    assert!(view.removed.is_empty(), "{:?}", view.removed);
+    while let Ok(Some(event)) = timeout(SECOND / 10, events.next()).await {
+        let lost = matches!(event, RegistrationEvent::Lost { .. });
+        assert!(!lost, "{event}");
+    }
+    eprintln!("tokens age: {forgets}; {:?}", view.stale);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn authentication_that_is_turned_on_later_is_met_by_who_has_a_user() {
+    // Given an etcd that does not ask, and two registrations, one with a user
+    let etcd = Etcd::start().await;
+    let proxy = Proxy::start(etcd.address().parse().expect("host:port")).await;
+    let endpoint = format!("http://{}", proxy.address());
+    let app = as_user(endpoint.clone(), "app", "pw-4711").await;
+    let anonymous = view::registry(&[endpoint]).await;
+    let mut held = app.register(Session::new("echo", "h:1")).await.expect("ok");
+    let mut seen = View::listed(&app, "echo").await;
+    let mut unseen = View::listed(&anonymous, "echo").await;
+
+    // When authentication is turned on, and the connections are made anew
+    with_users(&etcd).await;
+    etcd.etcdctl(&["auth", "enable"]).await;
+    proxy.reset();
+
+    // Then who has a user goes on
+    held.update(|s| s.with_version("2")).await.expect("it may");
+    let is_new = |v: &View| {
+        let member = v.member("h:1");
+        member.is_some_and(|m| m.session().version() == "2") && !v.is_stale
+    };
+    seen.until(3 * SECOND, "it is seen", is_new).await;
+    seen.during(sleep(3 * SECOND)).await;
+    assert!(seen.removed.is_empty(), "{:?}", seen.removed);
+
+    // And who has none keeps what it knows, and says why it knows no more
+    let says = |v: &View| v.stale.iter().any(|why| why.contains("user name is empty"));
+    unseen.until(5 * SECOND, "it says so", says).await;
+    assert!(unseen.has(&["h:1"]) && unseen.is_stale);
+    let registered = anonymous.register(Session::new("echo", "h:2")).await;
+    let error = registered.expect_err("it may not");
+    assert!(error.to_string().contains("user name is empty"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thousands_of_sessions_are_listed_in_pages_among_huge_values() {
+    // Given 3,000 sessions, and some values that are too long to be read
+    let etcd = Etcd::start().await;
+    let kv = etcd.kv().await;
+    let puts = (0..3000).map(|n| {
+        let mut kv = kv.clone();
+        let value = match n % 500 {
+            0 => format!(r#"{{"Addr":"h:1","Metadata":"{}"}}"#, "x".repeat(1_200_000)),
+            _ => value(&format!("h-{n}:1")),
+        };
+        let request = support::etcd::pb::PutRequest {
+            key: format!("demo/echo/{n:04}").into_bytes().into(),
+            value: value.into_bytes().into(),
+            lease: 0,
+        };
+        async move { kv.put(request).await.expect("etcd takes a record") }
+    });
+    let puts = futures_util::stream::iter(puts).buffer_unordered(50);
+    puts.for_each(|_| std::future::ready(())).await;
+
+    // When they are listed, then all that can be read are there, and each of the others was skipped
+    let began = Instant::now();
+    let mut view = View::listed(&registry(&etcd).await, "echo").await;
+    eprintln!("3,000 sessions listed in {:?}", began.elapsed());
+    assert_eq!((view.members.len(), view.skipped.now()), (2994, 6));
+
+    // And a change of the first and of the last is seen
+    for id in ["0001", "2999"] {
+        etcd.put(&format!("demo/echo/{id}"), value("new:1")).await;
+        let is_new = |v: &View| {
+            let member = v.member(id);
+            member.is_some_and(|m| m.session().address() == "new:1")
+        };
+        view.until(SECOND, id, is_new).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_broke_costs_no_request() {
+    // Given a registration through a proxy, to an etcd that has no other member
+    let etcd = Etcd::start().await;
+    let proxy = Proxy::start(etcd.address().parse().expect("host:port")).await;
+    let registry = view::registry(&[format!("http://{}", proxy.address())]).await;
+    let registered = registry.register(Session::new("echo", "h:1")).await;
+    let mut held = registered.expect("it is free");
+
+    for n in 0..20 {
+        // When the connection is reset, then what is asked for at that moment is done all the same
+        proxy.reset();
+        let change = |session: Session| session.with_version(n.to_string());
+        held.update(change).await.expect("etcd is there");
+        assert_eq!(registry.allocate_id().await.expect("it is there"), n + 1);
+    }
 }

@@ -228,7 +228,7 @@ fn number(name: &str) -> Option<u64> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whatever_happens_the_view_is_exact_after_each_healing() {
-    let steps = number("SWITCHBOARD_STEPS").unwrap_or(2400) as usize;
+    let steps = number("SWITCHBOARD_STEPS").unwrap_or(2100) as usize;
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let seed = number("SWITCHBOARD_SEED");
     let first = seed.unwrap_or_else(|| now.expect("after 1970").as_millis() as u64);

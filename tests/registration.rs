@@ -10,6 +10,7 @@ mod support;
 
 use std::{
     collections::HashSet,
+    future::IntoFuture as _,
     process::Stdio,
     sync::{
         Arc,
@@ -183,6 +184,76 @@ async fn an_etcd_that_slept_for_longer_than_the_ttl_has_its_sessions_again() {
         etcd.get("demo/echo/a").await.is_some()
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_can_start_while_etcd_is_down() {
+    // Given an etcd that is down
+    let mut etcd = Etcd::stopped();
+    let registering = registry(&etcd, 2).await.register(echo("a", "a:1"));
+
+    // When a session is registered in the background, then it says why it is not yet
+    let registration = registering.background().await.expect("it does not wait");
+    let mut events = Events::of(&registration);
+    let is_unreachable =
+        |event: &RegistrationEvent| matches!(event, RegistrationEvent::Unreachable { .. });
+    events.until(8 * SECOND, "it says so", is_unreachable).await;
+    let state = registration.state().to_string();
+    assert!(state.contains(&etcd.address()), "{state}");
+
+    // When etcd comes, then it is registered within two seconds
+    etcd.restart().await;
+    let is_there =
+        |event: &RegistrationEvent| matches!(event, RegistrationEvent::Registered { .. });
+    let took = events.until(2 * SECOND, "it is registered", is_there).await;
+    eprintln!("started before etcd; registered {took:?} after that came");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hundreds_of_sessions_are_registered_again_when_etcd_is_back() {
+    // Given 300 sessions, of three processes
+    let mut etcd = Etcd::start().await;
+    let mut all = Vec::new();
+    for process in 0..3 {
+        let registry = registry(&etcd, 2).await;
+        let sessions = (0..100).map(|n| {
+            let id = format!("{process}-{n}");
+            registry
+                .register(echo(&id, &format!("{id}:1")))
+                .into_future()
+        });
+        let registered = future::try_join_all(sessions).await;
+        all.extend(registered.expect("all are free"));
+    }
+    let mut view = View::listed(&registry(&etcd, 2).await, "echo").await;
+
+    for what in ["restarted", "emptied"] {
+        // When etcd is away for longer than the TTL, or loses its data
+        match what {
+            "restarted" => {
+                etcd.kill();
+                let is_lost =
+                    |r: &Registration| matches!(r.state(), RegistrationState::Lost { .. });
+                eventually("their leases are over", || all.iter().all(is_lost)).await;
+            }
+            _ => etcd.lose_data(),
+        }
+        view.during(etcd.restart()).await;
+
+        // Then all are registered within two seconds, and none was said to be gone
+        let back = Instant::now();
+        eventually_async("all are there", async || {
+            all.iter().all(is_registered) && etcd.count("demo/echo/").await == 300
+        })
+        .await;
+        let took = back.elapsed();
+        eprintln!("{what}: 300 sessions are registered {took:?} after");
+        assert!(took < 2 * SECOND, "{what}: {took:?}");
+        let exact = |v: &View| v.members.len() == 300 && !v.is_stale;
+        view.until(6 * SECOND, "the view is exact", exact).await;
+        eprintln!("{what}: the view is fresh {:?} after", back.elapsed());
+        assert!(what == "emptied" || view.removed.is_empty());
+    }
 }
 
 /// Scenario 15.
@@ -641,6 +712,54 @@ async fn whoever_does_not_return_to_an_etcd_that_lost_its_data_is_gone_after_a_w
     assert!(back.elapsed() > SECOND, "{:?}", back.elapsed());
     view.until(2 * SECOND, "it is fresh", |v| !v.is_stale).await;
     assert!(!view.removed.contains(&"stays".to_owned()) || view.has(&["stays"]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_etcd_that_is_restored_from_a_backup_is_brought_up_to_date_by_those_who_live() {
+    // Given a backup, and what came after it: one session was changed, one came, and one went
+    let mut etcd = Etcd::start().await;
+    let mut view = View::listed(&registry(&etcd, 3).await, "echo").await;
+    let mut changed = registered(&registry(&etcd, 3).await, echo("changed", "changed:1")).await;
+    let gone = registered(&registry(&etcd, 3).await, echo("gone", "gone:1")).await;
+    etcd.save().await;
+    changed
+        .update(|session| session.with_version("2"))
+        .await
+        .expect("etcd answers");
+    gone.deregister().await.expect("etcd answers");
+    let came = registered(&registry(&etcd, 3).await, echo("came", "came:1")).await;
+    let newest = |v: &View| {
+        v.has(&["came", "changed"])
+            && v.member("changed")
+                .is_some_and(|m| m.session().version() == "2")
+    };
+    view.until(SECOND, "the newest", newest).await;
+
+    // When etcd is restored from it
+    etcd.lose_what_came_since().await;
+    view.during(etcd.restart()).await;
+    let back = Instant::now();
+
+    // Then what is acknowledged is there again within two seconds: the change, and the one that came
+    eventually_async("it says what it said last", async || {
+        let record = etcd.get("demo/echo/changed").await.unwrap_or_default();
+        String::from_utf8_lossy(&record).contains(r#""version":"2""#)
+    })
+    .await;
+    eventually_async("who came is there", async || {
+        etcd.get("demo/echo/came").await.is_some()
+    })
+    .await;
+    eprintln!("restored; brought up to date {:?} after", back.elapsed());
+    assert!(back.elapsed() < 2 * SECOND, "{:?}", back.elapsed());
+
+    // And who went is gone when its TTL is over, and the view is exact
+    let exact = |v: &View| newest(v) && !v.is_stale;
+    view.until(10 * SECOND, "it is exact", exact).await;
+    eprintln!("restored; the view is exact {:?} after", back.elapsed());
+    for registration in [&changed, &came] {
+        assert!(is_registered(registration), "{}", registration.state());
+    }
 }
 
 /// A lease and a revision say nothing of another cluster.

@@ -114,6 +114,17 @@ impl Etcd {
         self
     }
 
+    /// Whether this version of etcd has such an option.
+    pub async fn knows_option(&self, option: &str) -> bool {
+        let ran = process::Command::new(program())
+            .arg("--help")
+            .output()
+            .await;
+        let ran = ran.expect("etcd runs");
+        let help = [ran.stdout, ran.stderr].concat();
+        String::from_utf8_lossy(&help).contains(option)
+    }
+
     fn as_a_member(&self) -> String {
         format!("{}={}", self.name, self.peer_endpoint())
     }
@@ -160,6 +171,41 @@ impl Etcd {
     pub fn lose_data(&mut self) {
         self.kill();
         let _ = fs::remove_dir_all(self.folder.join("data"));
+    }
+
+    /// Saves what it knows, to be restored.
+    pub async fn save(&self) {
+        let backup = self.folder.join("backup");
+        let backup = backup.to_str().expect("UTF-8");
+        self.etcdctl(&["snapshot", "save", backup]).await;
+    }
+
+    /// Kills it, and gives it what it knew when it was saved; started again it is at that revision.
+    pub async fn lose_what_came_since(&mut self) {
+        self.lose_data();
+        let (backup, data) = (self.folder.join("backup"), self.folder.join("data"));
+        let (backup, data) = (backup.to_str(), data.to_str());
+        self.etcdctl(&[
+            "snapshot",
+            "restore",
+            backup.expect("UTF-8"),
+            "--data-dir",
+            data.expect("UTF-8"),
+            "--name",
+            &self.name,
+            "--initial-cluster",
+            &self.cluster,
+            "--initial-advertise-peer-urls",
+            &self.peer_endpoint(),
+        ])
+        .await;
+    }
+
+    /// How many records there are under a prefix.
+    pub async fn count(&self, prefix: &str) -> usize {
+        let args = ["get", "--prefix", prefix, "--keys-only"];
+        let keys = self.etcdctl(&args).await;
+        keys.lines().filter(|line| !line.is_empty()).count()
     }
 
     /// Starts it if it is not running, and does not wait: a member may have nobody yet to agree with.

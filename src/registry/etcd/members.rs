@@ -14,7 +14,7 @@ use tonic::{Code, Response, Status};
 use super::failure::Failure;
 use crate::{
     Backoff, Pool,
-    error::Error,
+    error::{Error, Kind},
     pool::PoolConfig,
     registry::{Fixed, Registry as _, keeper::current_runtime},
     transport::{Connection, Connector},
@@ -59,7 +59,8 @@ impl Members {
     /// Asks one member, and another if it does not answer; all of it in this time. So what is asked must bear
     /// being done twice.
     ///
-    /// An attempt has a third of the time while there is another member to turn to, else all that is left.
+    /// An attempt has a third of the time while there is another member to turn to, else all that is left. Where
+    /// there is none, a connection that broke under the request is no answer yet: it is dialled again at once.
     pub(super) async fn ask<T, F>(
         &self,
         what: &'static str,
@@ -70,6 +71,7 @@ impl Members {
         F: Future<Output = Result<Response<T>, Status>>,
     {
         let deadline = Instant::now() + timeout;
+        let mut redialled = false;
         loop {
             let member = self
                 .choose()
@@ -88,7 +90,9 @@ impl Members {
                 Err(_) => Status::deadline_exceeded(format!("no answer within {timeout:?}")),
             };
             self.suspect(&member);
-            if member.others == 0 || Instant::now() >= deadline {
+            let broke = Error::of(&status).is_some_and(|e| e.kind() == Kind::ConnectionLost);
+            let again = member.others > 0 || (broke && !std::mem::replace(&mut redialled, true));
+            if !again || Instant::now() >= deadline {
                 return Err(Failure::new(what, status));
             }
         }
