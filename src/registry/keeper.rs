@@ -3,11 +3,14 @@
 //! It owns the registration's state: nobody else writes the key. What the feed of that key says is a hint; what
 //! is there is asked for before anything is made of it, for a feed may tell of what this task has mended since.
 
+mod claim;
 mod heart;
+mod hold;
+mod tell;
 
 use std::{
     sync::{Arc, Weak},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -18,17 +21,17 @@ use tokio::{
     time::{self, Instant},
 };
 
-use self::heart::{Beat, Heart};
+use self::claim::{Claimed, Lease};
 use super::{
     Session, codec,
     feed::{News, Subscription},
     home::Home,
-    registration::{Board, Holder, RegistrationEvent, RegistrationState, Release},
-    store::{Event, OnlyIf, Record, Scope, Write, Written},
+    registration::{Board, RegistrationEvent, RegistrationState, Release},
+    store::{Event, OnlyIf, Scope, Write, Written},
 };
 use crate::{
     Backoff,
-    error::{BoxError, Error, Kind, SharedError},
+    error::{BoxError, Error, SharedError},
 };
 
 /// How long whoever waits for a key trusts its feed before it looks for itself.
@@ -36,12 +39,6 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// How long the loser of a record lets others have their turn.
 const YIELD: Duration = Duration::from_millis(400);
-
-/// How often a claim is begun anew at once when others write in between.
-const ROUNDS: u32 = 8;
-
-/// How many leases that may be alive are remembered, to be revoked.
-const LEASES: usize = 16;
 
 pub(super) struct Keeper {
     home: Home,
@@ -79,29 +76,6 @@ pub(super) enum First {
 pub(super) struct Update {
     pub(super) session: Arc<Session>,
     pub(super) reply: oneshot::Sender<Result<(), Error>>,
-}
-
-#[derive(Clone, Copy)]
-struct Lease {
-    id: i64,
-    /// When it was last known to be alive, at the latest.
-    confirmed: Option<Instant>,
-}
-
-/// The record, as it was last written.
-#[derive(Clone)]
-struct Held {
-    lease: i64,
-    generation: u64,
-    modified: u64,
-    value: Bytes,
-}
-
-enum Claimed {
-    Held(Held),
-    By(Holder),
-    /// By another with our role, id and address, who came later.
-    BySuccessor(Holder),
 }
 
 /// The first outcome, which somebody waits for.
@@ -236,311 +210,6 @@ impl Keeper {
         }
     }
 
-    // --- claiming
-
-    /// Writes the record if the key is free, or ours to take.
-    async fn claim(&mut self) -> Result<Claimed, Error> {
-        for _ in 0..ROUNDS {
-            if let Some(there) = self.home.store().get(&self.key).await? {
-                match self.judge(&there) {
-                    Whose::Ours => return Ok(Claimed::Held(Held::of(there))),
-                    Whose::Past => {
-                        // If it has changed meanwhile, that is seen in the next round.
-                        let unchanged = OnlyIf::Unchanged(there.modified);
-                        self.write(None, 0, unchanged).await?;
-                        continue;
-                    }
-                    Whose::Successors(holder) => return Ok(Claimed::BySuccessor(holder)),
-                    Whose::Others(holder) => return Ok(Claimed::By(holder)),
-                }
-            }
-            let lease = self.lease().await?;
-            let value = codec::encode(&*self.home.codec, &self.session, lease)?;
-            let written = self.write(Some(value.clone()), lease, OnlyIf::Absent);
-            match written.await {
-                Ok(Written::Done(generation)) => {
-                    return Ok(Claimed::Held(Held {
-                        lease,
-                        generation,
-                        modified: generation,
-                        value,
-                    }));
-                }
-                // It came between.
-                Ok(Written::Refused(_)) => {}
-                Err(error) => {
-                    // An answer is what says that it is alive; a refusal may say that it is gone.
-                    self.live = self.live.map(|lease| Lease {
-                        confirmed: None,
-                        ..lease
-                    });
-                    return Err(error);
-                }
-            }
-        }
-        let why = format!("its key was written by others {ROUNDS} times in a row");
-        Err(Error::new(Kind::Service).with_reason(why))
-    }
-
-    fn judge(&self, there: &Record) -> Whose {
-        if there.lease != 0 {
-            // An answer was lost: it was written all the same, if in words of before. The former is mended by
-            // whoever sees it; the latter by writing it anew, as another generation.
-            if self.live.is_some_and(|live| live.id == there.lease) && self.says_what_we_say(there)
-            {
-                return Whose::Ours;
-            }
-            let live = self.live.iter().map(|live| live.id);
-            if live
-                .chain(self.doubtful.iter().copied())
-                .any(|id| id == there.lease)
-            {
-                return Whose::Past;
-            }
-        }
-        let holder = Holder::of(&self.home, self.session.role(), there);
-        let same = holder.session().is_some_and(|other| {
-            other.id() == self.session.id() && other.address() == self.session.address()
-        });
-        // Whoever holds it through this very registry means to.
-        let held = self.home.hub().holding().get(&there.lease).cloned();
-        if !same || held.is_some_and(|handle| handle.strong_count() > 0) {
-            return Whose::Others(holder);
-        }
-        // Only whoever has just come can be a successor. One that was there before has been succeeded itself.
-        match self.newcomer {
-            true => Whose::Past,
-            false => Whose::Successors(holder),
-        }
-    }
-
-    fn says_what_we_say(&self, there: &Record) -> bool {
-        codec::encode(&*self.home.codec, &self.session, there.lease)
-            .is_ok_and(|value| *value == *there.value)
-    }
-
-    /// A lease that is alive.
-    async fn lease(&mut self) -> Result<i64, Error> {
-        // One that was confirmed a moment ago can be counted on.
-        let recent = self.home.ttl / 3;
-        let lease = match self.live {
-            Some(Lease {
-                id,
-                confirmed: Some(at),
-            }) if at.elapsed() < recent => return Ok(id),
-            // It may be there or not: by its own id it can be asked for again.
-            Some(
-                lease @ Lease {
-                    confirmed: None, ..
-                },
-            ) => lease,
-            Some(Lease { id, .. }) => {
-                if self.home.store().keep_alive(id, recent).await? {
-                    self.confirm(id);
-                    return Ok(id);
-                }
-                self.forget_lease();
-                self.new_lease()
-            }
-            None => self.new_lease(),
-        };
-        self.home.store().grant(lease.id, self.home.ttl).await?;
-        self.confirm(lease.id);
-        Ok(lease.id)
-    }
-
-    /// By our own choice, so that it can be revoked even when the answer is lost.
-    fn new_lease(&mut self) -> Lease {
-        let id = fastrand::i64(1..i64::MAX);
-        let lease = Lease {
-            id,
-            confirmed: None,
-        };
-        self.live = Some(lease);
-        lease
-    }
-
-    fn confirm(&mut self, id: i64) {
-        self.live = Some(Lease {
-            id,
-            confirmed: Some(Instant::now()),
-        });
-    }
-
-    /// It is gone, or nobody keeps it alive.
-    fn forget_lease(&mut self) {
-        if let Some(lease) = self.live.take() {
-            self.home.hub().holding().remove(&lease.id);
-            self.doubtful.push(lease.id);
-            if self.doubtful.len() > LEASES {
-                // Whose TTL was over long ago.
-                self.doubtful.remove(0);
-            }
-        }
-    }
-
-    // --- holding
-
-    /// Keeps it there, and returns how it was lost.
-    async fn hold(&mut self, mut held: Held) -> SharedError {
-        enum Next {
-            Write(Update),
-            Beat(Beat),
-            Look,
-        }
-        // In a task of its own: whatever is written and looked at meanwhile, and however long that takes.
-        let confirmed = self.live.and_then(|live| live.confirmed);
-        let heart = Heart::start(&self.home, held.lease, confirmed);
-        let mut beats = heart.beats.clone();
-        let mut state = Beat::Alive;
-        // Something was said of it that could not be looked at yet.
-        let mut doubt = false;
-        loop {
-            let next = {
-                let Self {
-                    own, updates, key, ..
-                } = self;
-                tokio::select! {
-                    biased;
-                    Ok(()) = beats.changed() => Next::Beat(beats.borrow_and_update().clone()),
-                    Some(update) = updates.recv() => Next::Write(update),
-                    news = own.next() => match held.is_contradicted(&news, key) {
-                        true => Next::Look,
-                        false => continue,
-                    },
-                }
-            };
-            match next {
-                Next::Beat(beat) => {
-                    let before = std::mem::replace(&mut state, beat.clone());
-                    match beat {
-                        Beat::Alive => {
-                            self.confirm(held.lease);
-                            self.revoke_doubtful().await;
-                            let back = !matches!(before, Beat::Alive);
-                            if (back || doubt)
-                                && let Some(lost) = self.look_or(&mut held, &mut doubt).await
-                            {
-                                return lost;
-                            }
-                            match before {
-                                Beat::Failing(_) => self.is_reached(&held),
-                                Beat::Overdue(_) => self.is_restored(&held),
-                                Beat::Alive | Beat::Gone => {}
-                            }
-                        }
-                        Beat::Failing(why) => self.is_not_confirmed(&held, why),
-                        Beat::Overdue(why) => self.is_overdue(why),
-                        Beat::Gone => {
-                            self.forget_lease();
-                            return shared("its lease ran out");
-                        }
-                    }
-                }
-                Next::Write(update) => {
-                    if let Some(lost) = self.rewrite(&mut held, update).await {
-                        return lost;
-                    }
-                }
-                Next::Look => {
-                    if let Some(lost) = self.look_or(&mut held, &mut doubt).await {
-                        return lost;
-                    }
-                }
-            }
-        }
-    }
-
-    /// Writes what an update says over what is there; how it was lost, if it was.
-    async fn rewrite(&mut self, held: &mut Held, update: Update) -> Option<SharedError> {
-        let Update { session, reply } = update;
-        let result = match codec::encode(&*self.home.codec, &session, held.lease) {
-            Ok(value) => self.put_right(held, value).await,
-            Err(error) => Err(error),
-        };
-        match result {
-            Ok(None) => {
-                self.session = session;
-                let _ = reply.send(Ok(()));
-                None
-            }
-            Ok(Some(lost)) => {
-                self.remember(Update { session, reply });
-                Some(lost)
-            }
-            Err(error) => {
-                let _ = reply.send(Err(error));
-                None
-            }
-        }
-    }
-
-    /// Looks at it, and notes whether that could not be done.
-    async fn look_or(&mut self, held: &mut Held, doubt: &mut bool) -> Option<SharedError> {
-        match self.look(held).await {
-            Ok(lost) => {
-                *doubt = false;
-                lost
-            }
-            Err(_) => {
-                *doubt = true;
-                None
-            }
-        }
-    }
-
-    /// Whether the record is there as it was written, which it is made to be; how it was lost, if it was.
-    async fn look(&mut self, held: &mut Held) -> Result<Option<SharedError>, Error> {
-        let there = self.home.store().get(&self.key).await?;
-        let Some(there) = there.filter(|there| there.created == held.generation) else {
-            return Ok(Some(shared("its record was deleted")));
-        };
-        held.modified = there.modified;
-        if there.lease == held.lease && there.value == held.value {
-            return Ok(None);
-        }
-        // Without our lease it would outlive us; and what it says is ours to say.
-        let (role, id) = (self.session.role(), self.session.id());
-        tracing::warn!(
-            role,
-            id,
-            "somebody wrote over the session's record, which is written again"
-        );
-        self.put_right(held, held.value.clone()).await
-    }
-
-    /// Writes this over our record as it is now; how it was lost, if it was.
-    ///
-    /// On the condition that it is unchanged, and not only that it is ours: a write whose answer was lost may be
-    /// done late, by a member that was asleep, and is not to undo what was written since.
-    async fn put_right(&self, held: &mut Held, value: Bytes) -> Result<Option<SharedError>, Error> {
-        for _ in 0..ROUNDS {
-            let unchanged = OnlyIf::Unchanged(held.modified);
-            match self
-                .write(Some(value.clone()), held.lease, unchanged)
-                .await?
-            {
-                Written::Done(modified) => {
-                    (held.modified, held.value) = (modified, value);
-                    return Ok(None);
-                }
-                Written::Refused(Some(there)) if there.created == held.generation => {
-                    held.modified = there.modified;
-                    // An answer was lost.
-                    if there.lease == held.lease && there.value == value {
-                        held.value = value;
-                        return Ok(None);
-                    }
-                }
-                Written::Refused(_) => return Ok(Some(shared("its record was deleted"))),
-            }
-        }
-        let why = format!("its record was written over by others {ROUNDS} times in a row");
-        Err(Error::new(Kind::Service).with_reason(why))
-    }
-
-    // --- waiting
-
     /// Until the key may be free; false when it is so late.
     async fn until_free(&mut self, late: Option<Instant>) -> bool {
         let look = Instant::now() + spread(LOOK.min(self.home.ttl / 3));
@@ -590,8 +259,6 @@ impl Keeper {
         let _ = reply.send(result);
     }
 
-    // --- letting go
-
     /// Revokes all leases that it has or may have, whatever becomes of each; the first error, if any.
     async fn release(&mut self) -> Result<(), Error> {
         self.forget_lease();
@@ -639,186 +306,11 @@ impl Keeper {
         };
         self.home.store().write(write).await
     }
-
-    // --- telling
-
-    fn held_by(&self, holder: &Holder) -> Error {
-        let key = String::from_utf8_lossy(&self.key);
-        Error::new(Kind::AlreadyRegistered)
-            .with_role(self.session.role_arc())
-            .with_reason(format!("key {key} is held by {holder}"))
-    }
-
-    fn is_held(&mut self, held: &Held) {
-        let generation = held.generation;
-        self.generation = Some(generation);
-        let mut holding = self.home.hub().holding();
-        holding.insert(held.lease, self.handle.clone());
-        drop(holding);
-        let (role, id) = (self.session.role(), self.session.id());
-        let event = match std::mem::replace(&mut self.registered, true) {
-            false => {
-                tracing::info!(role, id, generation, "registered");
-                RegistrationEvent::Registered { generation }
-            }
-            true => {
-                tracing::info!(role, id, generation, "registered again");
-                RegistrationEvent::Restored { generation }
-            }
-        };
-        self.board
-            .tell(RegistrationState::Registered { generation }, event);
-    }
-
-    fn is_held_by(&mut self, holder: &Holder) {
-        let (role, id) = (self.session.role(), self.session.id());
-        let holder = holder.clone();
-        // Each look finds the same.
-        if self.board.is_held_by(&holder) {
-            return;
-        }
-        match self.session.is_exclusive() {
-            true => {
-                tracing::info!(role, id, active = %holder, "standing by");
-                let state = RegistrationState::StandBy {
-                    active: holder.clone(),
-                };
-                self.board
-                    .tell(state, RegistrationEvent::StandingBy { active: holder });
-            }
-            false => {
-                tracing::warn!(role, id, by = %holder, "the session's key is taken");
-                let state = RegistrationState::Taken { by: holder.clone() };
-                self.board
-                    .tell(state, RegistrationEvent::Taken { by: holder });
-            }
-        }
-    }
-
-    fn is_succeeded_by(&self, holder: &Holder) {
-        let (role, id) = (self.session.role(), self.session.id());
-        tracing::warn!(role, id, by = %holder, "the same instance has registered anew; this registration ends");
-        let state = RegistrationState::Taken { by: holder.clone() };
-        self.board
-            .tell(state, RegistrationEvent::Taken { by: holder.clone() });
-    }
-
-    /// Held => Lost => Claiming: soon, and later if it was there for less than a TTL several times.
-    async fn is_lost(&mut self, why: SharedError, since: Instant) {
-        let (role, id) = (self.session.role(), self.session.id());
-        tracing::warn!(role, id, %why, "the session was lost; registering again");
-        let state = RegistrationState::Lost { why: why.clone() };
-        self.board.tell(state, RegistrationEvent::Lost { why });
-        if since.elapsed() >= self.home.ttl {
-            self.losses = 0;
-        }
-        // Whoever succeeds us deletes first, and has its turn; and not all who are lost with their registry
-        // return to it in the same moment.
-        self.pause(spread(YIELD)).await;
-        if self.losses > 0 {
-            let delay = backoff().delay(self.losses - 1);
-            self.pause(delay).await;
-        }
-        self.losses = self.losses.saturating_add(1);
-    }
-
-    fn is_not_confirmed(&self, held: &Held, why: SharedError) {
-        let (role, id) = (self.session.role(), self.session.id());
-        tracing::warn!(role, id, error = %why, "the session's lease could not be kept alive");
-        let state = RegistrationState::Unreachable {
-            generation: held.generation,
-            since: SystemTime::now(),
-            why: why.clone(),
-        };
-        self.board
-            .tell(state, RegistrationEvent::Unreachable { why });
-    }
-
-    /// Nothing was heard of the lease for as long as it lasts: as far as anybody here can know, it is over.
-    fn is_overdue(&self, why: SharedError) {
-        let (role, id) = (self.session.role(), self.session.id());
-        tracing::warn!(role, id, error = %why, "the session's lease was not confirmed for its whole TTL");
-        let state = RegistrationState::Lost { why: why.clone() };
-        self.board.tell(state, RegistrationEvent::Lost { why });
-    }
-
-    /// It was not over after all.
-    fn is_restored(&self, held: &Held) {
-        let generation = held.generation;
-        let (role, id) = (self.session.role(), self.session.id());
-        tracing::info!(role, id, generation, "the session is still there");
-        self.board.tell(
-            RegistrationState::Registered { generation },
-            RegistrationEvent::Restored { generation },
-        );
-    }
-
-    fn is_reached(&self, held: &Held) {
-        let generation = held.generation;
-        let (role, id) = (self.session.role(), self.session.id());
-        tracing::info!(role, id, "the session's lease is kept alive again");
-        self.board.tell(
-            RegistrationState::Registered { generation },
-            RegistrationEvent::Reachable,
-        );
-    }
-
-    /// A claim failed that nobody waits for; told where nothing else was.
-    fn is_not_reached(&self, why: Error) {
-        let (role, id) = (self.session.role(), self.session.id());
-        if self.board.is_not_reached(Arc::new(why)) {
-            tracing::warn!(role, id, "the session could not be registered yet");
-        }
-    }
-}
-
-/// Whose a record is.
-enum Whose {
-    /// Ours, and as we would have it.
-    Ours,
-    /// Ours of before, or of whom we succeed: in the way.
-    Past,
-    /// Another's, who is what we are, and came later.
-    Successors(Holder),
-    Others(Holder),
 }
 
 impl Drop for Keeper {
     fn drop(&mut self) {
         self.forget_lease();
-    }
-}
-
-// === impl Held ===
-
-impl Held {
-    fn of(there: Record) -> Self {
-        Self {
-            lease: there.lease,
-            generation: there.created,
-            modified: there.modified,
-            value: there.value,
-        }
-    }
-
-    /// Whether this says that the record is not there as it was written.
-    fn is_contradicted(&self, news: &News, key: &Bytes) -> bool {
-        let is_other = |record: &Record| {
-            record.created != self.generation
-                || record.lease != self.lease
-                || record.value != self.value
-        };
-        match news {
-            News::Listed(records) => match records.iter().find(|record| record.key == *key) {
-                Some(record) => is_other(record),
-                None => true,
-            },
-            News::Happened(events) => events.iter().any(|event| match event {
-                Event::Put(record) => record.key == *key && is_other(record),
-                Event::Delete(gone) => gone == key,
-            }),
-            News::Failed(_) | News::Fresh => false,
-        }
     }
 }
 
