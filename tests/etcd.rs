@@ -769,7 +769,7 @@ async fn an_etcd_that_asks_who_one_is_is_told_and_says_readably_what_it_does_not
         let error = registered.expect_err("it may not");
         eprintln!("{error}");
         assert!(error.to_string().contains(says), "{error}");
-        assert_eq!(error.kind(), Kind::Service, "{error}");
+        assert_eq!(error.kind(), Kind::RegistryRefused, "{error}");
         assert!(!format!("{registry:?} {error:?}").contains("pw-4711"));
         let mut view = View::of(registry, "echo");
         view.until(5 * SECOND, "it says so", |v| !v.stale.is_empty())
@@ -926,4 +926,64 @@ async fn a_connection_that_broke_costs_no_request() {
         held.update(change).await.expect("etcd is there");
         assert_eq!(registry.allocate_id().await.expect("it is there"), n + 1);
     }
+}
+
+#[cfg(feature = "tls")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_etcd_that_wants_tls_and_a_certificate_is_spoken_with_and_others_hear_why_not() {
+    use support::certificates::Ca;
+    use switchboard::transport::TlsConfig;
+
+    // Given an etcd that speaks TLS, with those alone who have a certificate of its authority
+    let (authority, stranger) = (Ca::new("authority"), Ca::new("stranger"));
+    let (server, client) = (authority.issue(&["127.0.0.1"]), authority.issue(&["app"]));
+    let mut etcd = Etcd::stopped();
+    let endpoint = etcd.start_with_tls(&authority.pem(), &server.certificate, &server.key);
+    let trusting = |ca: &Ca| {
+        TlsConfig::new()
+            .ca_pem(ca.pem().as_bytes())
+            .expect("a root")
+    };
+    let connect = async |tls| {
+        let builder = EtcdRegistry::builder([&endpoint], "demo").tls(tls);
+        builder.connect().await.expect("good settings")
+    };
+    let known = trusting(&authority)
+        .identity_pem(client.certificate.as_bytes(), client.key.as_bytes())
+        .expect("a certificate and its key");
+
+    // When one has it, then sessions are registered and seen
+    let registry = connect(known).await;
+    let session = Session::new("echo", "h:1").with_id(7);
+    let registration = registry
+        .register(session)
+        .background()
+        .await
+        .expect("it is good");
+    let mut view = View::of(&registry, "echo");
+    view.until(20 * SECOND, "etcd starts, and has the session", |v| {
+        v.has(&["7"])
+    })
+    .await;
+
+    // When one has none, or trusts another authority, or speaks plaintext, then the error says so
+    let plain = EtcdRegistry::connect([endpoint.replace("https://", "http://")], "demo").await;
+    for (registry, says) in [
+        (
+            connect(trusting(&authority)).await,
+            "refuses a client without a certificate",
+        ),
+        (
+            connect(trusting(&stranger)).await,
+            "leads to none of the trusted roots",
+        ),
+        (plain.expect("good settings"), "TLS"),
+    ] {
+        let registered = registry.register(Session::new("echo", "h:2")).await;
+        let error = registered.expect_err("it is not let in");
+        eprintln!("{error}");
+        assert_eq!(error.kind(), Kind::RegistryUnreachable, "{error}");
+        assert!(error.to_string().contains(says), "{error}");
+    }
+    registration.deregister().await.expect("it answers");
 }

@@ -56,6 +56,9 @@ pub enum Kind {
     Busy,
     /// The registry has never answered, so nothing is known of the role. `UNAVAILABLE`.
     RegistryUnreachable,
+    /// The registry answered, and refused: a permission is missing, a limit is reached, others were faster too often.
+    /// Its own `Status` is the source, if it has one, and gives the code; else `FAILED_PRECONDITION`.
+    RegistryRefused,
     /// The peer's session was deleted from the registry, or its address was taken by another. `UNAVAILABLE`.
     SessionDeleted,
     /// The connection was lost or could not be made. `UNAVAILABLE`.
@@ -280,6 +283,7 @@ impl Error {
                 Kind::Internal => Code::Internal,
                 Kind::Reset => self.inner_code().unwrap_or(Code::Unknown),
                 Kind::RequestBody => self.inner_code().unwrap_or(Code::Cancelled),
+                Kind::RegistryRefused => self.inner_code().unwrap_or(Code::FailedPrecondition),
                 Kind::Service => self.inner_code().unwrap_or(Code::Unknown),
             };
             let mut status = Status::new(code, self.to_string());

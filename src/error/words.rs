@@ -62,6 +62,7 @@ impl fmt::Display for Error {
             Kind::Stopped => f.write_str("stopped")?,
             Kind::RequestBody => f.write_str("the request body failed")?,
             Kind::Internal => f.write_str("internal error")?,
+            Kind::RegistryRefused => f.write_str("registry refused")?,
             Kind::Service => f.write_str("call failed")?,
         }
         if let Some(peer) = &inner.peer {

@@ -111,7 +111,7 @@ impl Home {
             time::sleep(Duration::from_micros(fastrand::u64(0..10_000))).await;
         }
         let why = format!("its id counter was changed by others {TRIES} times in a row");
-        Err(Error::new(Kind::Service).with_reason(why))
+        Err(Error::new(Kind::RegistryRefused).with_reason(why))
     }
 }
 

@@ -69,6 +69,7 @@ impl Client {
 
     pub(super) async fn range(
         &self,
+        what: &'static str,
         request: pb::RangeRequest,
         timeout: Duration,
     ) -> Result<pb::RangeResponse, Failure> {
@@ -77,7 +78,7 @@ impl Client {
             let mut kv = KvClient::new(pool).max_decoding_message_size(usize::MAX);
             kv.range(request).await
         };
-        self.ask("list", timeout, request, list).await
+        self.ask(what, timeout, request, list).await
     }
 
     pub(super) async fn txn(

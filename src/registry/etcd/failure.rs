@@ -61,7 +61,7 @@ impl From<Failure> for Error {
             }
             // Ours, and not etcd's: there is no runtime.
             Code::InvalidArgument if Self::of(&status).is_some() => Kind::Invalid,
-            _ => Kind::Service,
+            _ => Kind::RegistryRefused,
         };
         let error = Self::new(kind).with_reason(format!("etcd did not {what}"));
         error.with_source(status)

@@ -190,7 +190,7 @@ impl EtcdRegistry {
     ///
     /// [`Kind::RegistryUnreachable`](crate::Kind::RegistryUnreachable) if etcd does not answer;
     /// [`Kind::Invalid`](crate::Kind::Invalid) if what stands under the counter's key is no number, or outside a
-    /// tokio runtime; [`Kind::Service`](crate::Kind::Service) if too many others ask at the same time, 200 tries
+    /// tokio runtime; [`Kind::RegistryRefused`](crate::Kind::RegistryRefused) if too many others ask at the same time, 200 tries
     /// in a row, or if etcd refuses.
     ///
     /// # Cancel safety

@@ -66,7 +66,7 @@ impl EtcdStore {
                 limit,
                 revision,
             };
-            let page = self.client.range(request, self.timeout).await?;
+            let page = self.client.range("list", request, self.timeout).await?;
             // The first page's revision is that of the whole list; later pages are read at it. If it is
             // compacted meanwhile, that is an error, and the list is made anew.
             if revision == 0 {
@@ -204,7 +204,10 @@ impl Store for EtcdStore {
                 key: key.clone(),
                 ..Default::default()
             };
-            let answer = self.client.range(request, self.timeout).await?;
+            let answer = self
+                .client
+                .range("read a record", request, self.timeout)
+                .await?;
             Ok(answer.kvs.first().map(record))
         })
     }

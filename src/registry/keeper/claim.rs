@@ -88,7 +88,7 @@ impl Keeper {
             }
         }
         let why = format!("its key was written by others {ROUNDS} times in a row");
-        Err(Error::new(Kind::Service).with_reason(why))
+        Err(Error::new(Kind::RegistryRefused).with_reason(why))
     }
 
     fn judge(&self, there: &Record) -> Whose {

@@ -126,11 +126,7 @@ impl Keeper {
     }
 
     /// Looks at it, and notes whether that could not be done.
-    async fn look_or(
-        &mut self,
-        held: &mut Held,
-        doubt: &mut bool,
-    ) -> Option<SharedError> {
+    async fn look_or(&mut self, held: &mut Held, doubt: &mut bool) -> Option<SharedError> {
         match self.look(held).await {
             Ok(lost) => {
                 *doubt = false;
@@ -167,11 +163,7 @@ impl Keeper {
     ///
     /// On the condition that it is unchanged, and not only that it is ours: a write whose answer was lost may be
     /// done late, by a member that was asleep, and is not to undo what was written since.
-    async fn put_right(
-        &self,
-        held: &mut Held,
-        value: Bytes,
-    ) -> Result<Option<SharedError>, Error> {
+    async fn put_right(&self, held: &mut Held, value: Bytes) -> Result<Option<SharedError>, Error> {
         for _ in 0..ROUNDS {
             let unchanged = OnlyIf::Unchanged(held.modified);
             match self
@@ -194,7 +186,7 @@ impl Keeper {
             }
         }
         let why = format!("its record was written over by others {ROUNDS} times in a row");
-        Err(Error::new(Kind::Service).with_reason(why))
+        Err(Error::new(Kind::RegistryRefused).with_reason(why))
     }
 }
 

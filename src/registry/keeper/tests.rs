@@ -4,10 +4,11 @@ use futures_util::{FutureExt as _, StreamExt as _};
 
 use super::*;
 use crate::{
+    Kind,
     endpoint::BoxFuture,
     registry::{
         MemoryRegistry, Registration, RegistrationEvents,
-        store::{Broken, Listing, Store, Watch},
+        store::{Broken, Listing, Record, Store, Watch},
     },
 };
 

@@ -178,6 +178,11 @@ impl MemoryRegistry {
     }
 
     #[cfg(test)]
+    pub(crate) fn store(&self) -> Arc<dyn super::store::Store> {
+        self.shared.clone()
+    }
+
+    #[cfg(test)]
     pub(crate) fn record(&self, key: &str) -> Option<super::store::Record> {
         self.shared.lock().history.get(key.as_bytes()).cloned()
     }
@@ -238,10 +243,17 @@ impl Shared {
 
     /// What a client does, which an outage prevents.
     fn client<R>(&self, request: impl FnOnce(&mut History) -> R) -> Result<R, Error> {
-        self.change(|state| match state.available {
-            true => Ok(request(&mut state.history)),
-            false => Err(unavailable()),
-        })
+        let mut state = self.lock();
+        if !state.available {
+            return Err(unavailable());
+        }
+        let before = state.history.revision();
+        let result = request(&mut state.history);
+        // A beat, say, is nobody's news: a thousand watches need not look.
+        if state.history.revision() != before {
+            self.wake();
+        }
+        Ok(result)
     }
 
     fn wake(&self) {

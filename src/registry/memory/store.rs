@@ -91,7 +91,7 @@ impl Store for Shared {
             };
             match done {
                 true => Ok(Written::Done(history.revision())),
-                false => Err(Error::new(Kind::Service).with_reason("the lease is gone")),
+                false => Err(Error::new(Kind::RegistryRefused).with_reason("the lease is gone")),
             }
         });
         Box::pin(ready(written.and_then(|written| written)))
