@@ -65,8 +65,8 @@
 //!
 //! # What it is not
 //!
-//! Not a server framework, a mesh or a proxy: it lives in the client. It does not retry yet, and
-//! speaks TLS to peers (feature `tls`), not yet to etcd. It needs tokio.
+//! Not a server framework, a mesh or a proxy: it lives in the client, and beside a server to register it. It does
+//! not retry yet. It needs tokio.
 
 #![cfg_attr(
     not(test),

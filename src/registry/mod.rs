@@ -3,6 +3,33 @@
 //! [`MemoryRegistry`] is in this process, for tests and for programs of one process; `EtcdRegistry` (feature
 //! `etcd`) is etcd; [`Fixed`] is a list that never changes. All three are a [`Registry`]: something that tells
 //! what sessions a role has.
+//!
+//! The first two also take sessions: `register` makes a [`Registration`], which keeps a session there, under a
+//! lease, for as long as its handle lives. Both have one engine, so what is tested in memory holds in etcd:
+//!
+//! ```
+//! use futures_util::StreamExt as _;
+//! use switchboard::{MemoryRegistry, Session, registry::RegistrationEvent};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), switchboard::Error> {
+//! let registry = MemoryRegistry::new();
+//! let registration = registry.register(Session::new("echo", "10.0.0.5:21123").with_id(7)).await?;
+//! let mut events = registration.events();
+//!
+//! // Somebody deletes its key: it is registered again by itself.
+//! registry.delete("echo/7");
+//! let mut seen = Vec::new();
+//! while !matches!(seen.last(), Some(RegistrationEvent::Restored { .. })) {
+//!     seen.extend(events.next().await);
+//! }
+//! assert!(matches!(seen[0], RegistrationEvent::Registered { .. }));
+//! assert!(matches!(seen[1], RegistrationEvent::Lost { .. }));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! How a session stands in keys and values is a [`Codec`]'s: [`Naming`], as grpc-go has it, or [`Milvus`].
 
 pub(crate) mod codec;
 #[cfg(feature = "etcd")]
