@@ -170,7 +170,7 @@ impl EtcdRegistry {
         self
     }
 
-    /// How sessions are written and read through this handle. Default [`Naming`].
+    /// How sessions are written and read through this handle. Default [`Naming`](super::Naming).
     #[must_use]
     pub fn with_codec(mut self, codec: impl Codec) -> Self {
         self.home.codec = Arc::new(codec);

@@ -29,7 +29,7 @@ use crate::{
 ///
 /// For programs of one process and for tests: what a program does with etcd it does with this, and an outage
 /// ([`MemoryRegistry::set_available`]), a compaction ([`MemoryRegistry::compact`]) and the death of a process
-/// ([`Registration::abandon`]) can be had at will. Keys are `<role>/<id>`. It keeps the last 10,000 events for
+/// ([`Registration::abandon`](super::Registration::abandon)) can be had at will. Keys are `<role>/<id>`. It keeps the last 10,000 events for
 /// watches; one that lags behind that lists anew, as after a compaction.
 ///
 /// A clone is another handle on the same registry. Making one needs no runtime; time is tokio's, so that
@@ -106,7 +106,7 @@ impl MemoryRegistry {
         Ok(self)
     }
 
-    /// How sessions are written and read through this handle. Default [`Naming`].
+    /// How sessions are written and read through this handle. Default [`Naming`](super::Naming).
     #[must_use]
     pub fn with_codec(mut self, codec: impl Codec) -> Self {
         self.home.codec = Arc::new(codec);
