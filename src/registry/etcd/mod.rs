@@ -45,15 +45,16 @@ mod pb {
 /// A registry in etcd (3.4 and later), under one prefix.
 ///
 /// Making one does no I/O, so it works with etcd away; discovery begins when etcd can be reached, and a
-/// registration fails until then. A clone is another handle on the same connections, which are made at first
+/// registration fails until then, or waits for it in the [background](Register::background). A clone is another handle on the same connections, which are made at first
 /// use, on the runtime of that use, and closed with the last handle. When that runtime has ended, the next use
 /// makes others on its own.
 ///
 /// Endpoints are the members of one cluster; each request goes to one that is connected and answers, and to another
 /// when it does not. [`EtcdRegistry::builder`] is for an etcd that wants TLS, or a user and a password.
 ///
-/// All that look for a role, and all that are registered, through the clones of one handle share its connections
-/// and one watch for each role. etcd's `grpc-proxy` does not answer whether a watch lives, so through it watches
+/// All that goes through the clones of one handle shares its connections, and all who look for a role share one
+/// watch. A registration watches its own key alone: it is to know at once when that is gone, and needs not know
+/// thousands of others. etcd's `grpc-proxy` does not answer whether a watch lives, so through it watches
 /// are made anew every few seconds.
 ///
 /// ```no_run
