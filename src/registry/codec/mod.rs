@@ -131,9 +131,14 @@ impl fmt::Display for BadRecord {
 
 impl std::error::Error for BadRecord {}
 
-/// Encodes with a codec that may be anybody's: its panic is an error.
+/// Encodes with a codec that may be anybody's: its panic is an error. So is what nobody would read: it would stand
+/// there unseen, and its keeper, who cannot read it either, would write it anew without end.
 pub(crate) fn encode(codec: &dyn Codec, session: &Session, lease: i64) -> Result<Bytes, Error> {
     match panic::catch_unwind(AssertUnwindSafe(|| codec.encode(session, lease))) {
+        Ok(Ok(encoded)) if encoded.len() > BadRecord::LONGEST => {
+            let bytes = encoded.len();
+            Err(Error::invalid("session", BadRecord::TooLarge { bytes }))
+        }
         Ok(encoded) => encoded.map(Bytes::from),
         Err(_) => Err(Error::invalid("session", "the codec panicked over it")),
     }
