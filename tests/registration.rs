@@ -762,6 +762,33 @@ async fn an_etcd_that_is_restored_from_a_backup_is_brought_up_to_date_by_those_w
     }
 }
 
+/// The backup has a record of the instance as it was before it was restarted, under a lease that it knows nothing of.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_record_of_before_a_restart_that_a_backup_brings_back_is_no_successor() {
+    // Given a backup of before a server was restarted at its address
+    let mut etcd = Etcd::start().await;
+    let old = registered(&registry(&etcd, 3).await, echo("7", "h:1")).await;
+    etcd.save().await;
+    old.abandon();
+    let new = registered(
+        &registry(&etcd, 3).await,
+        echo("7", "h:1").with_version("2"),
+    )
+    .await;
+    let mut events = Events::of(&new);
+
+    // When etcd is restored from it
+    etcd.lose_what_came_since().await;
+    etcd.restart().await;
+
+    // Then the server that lives is registered again, when the TTL of before is over at the latest
+    events.until(15 * SECOND, "it is back", is_restored).await;
+    assert!(is_registered(&new), "{}", new.state());
+    let record = etcd.get("demo/echo/7").await.unwrap_or_default();
+    let record = String::from_utf8_lossy(&record);
+    assert!(record.contains(r#""version":"2""#), "{record}");
+}
+
 /// A lease and a revision say nothing of another cluster.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_stands_by_after_data_was_lost_does_not_take_the_active_along_when_it_goes() {

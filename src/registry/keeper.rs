@@ -54,6 +54,8 @@ pub(super) struct Keeper {
     /// The generation that it has, while it is held. No longer: in a registry that lost its data another's may have
     /// come into being at the very revision that ours did, and is not ours to delete.
     generation: Option<u64>,
+    /// The generation that it had last; 0 while it never had one.
+    last: u64,
     /// Others that were asked for and may be alive. A request whose answer was lost may still do its work.
     doubtful: Vec<i64>,
     /// Whether it has yet to see who has its key: until then it may be the successor of who has.
@@ -113,6 +115,7 @@ impl Keeper {
             handle,
             live: None,
             generation: None,
+            last: 0,
             doubtful: Vec::new(),
             newcomer: true,
             registered: false,

@@ -116,10 +116,13 @@ impl Keeper {
         if !same || held.is_some_and(|handle| handle.strong_count() > 0) {
             return Whose::Others(holder);
         }
-        // Only whoever has just come can be a successor. One that was there before has been succeeded itself.
-        match self.newcomer {
-            true => Whose::Past,
-            false => Whose::Successors(holder),
+        // Only whoever has just come can be a successor. One that had the key before has been succeeded itself, if
+        // what is there is younger: else a backup has brought back what was there before this process, or it is the
+        // one that was waited for and has died. That ends with its lease, and is no reason to end.
+        match (self.newcomer, self.last) {
+            (true, _) => Whose::Past,
+            (false, 1..) if there.created > self.last => Whose::Successors(holder),
+            (false, _) => Whose::Others(holder),
         }
     }
 

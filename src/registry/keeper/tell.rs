@@ -23,6 +23,7 @@ impl Keeper {
     pub(super) fn is_held(&mut self, held: &Held) {
         let generation = held.generation;
         self.generation = Some(generation);
+        self.last = generation;
         let mut holding = self.home.hub().holding();
         holding.insert(held.lease, self.handle.clone());
         drop(holding);

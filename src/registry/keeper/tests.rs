@@ -176,6 +176,46 @@ async fn whoever_is_restarted_takes_over_from_itself_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_was_waited_for_is_no_successor_when_it_dies() {
+    for exclusive in [true, false] {
+        // Given one that waits for the key, which the same instance holds through another handle
+        let registry = MemoryRegistry::new();
+        let session = echo().with_exclusive(exclusive);
+        let (first, _) = held(&registry, session.clone()).await;
+        let second = registry.register(session).background().await;
+        let second = second.expect("it waits");
+        let mut events = second.events();
+        let waits = next(&mut events).await;
+        assert!(waits.contains("instance 7 at h:1"), "{waits}");
+        time::sleep(2 * SECOND).await;
+
+        // When that dies and leaves its record to the TTL
+        let before = Instant::now();
+        first.abandon();
+
+        // Then whoever waited has it
+        let event = next(&mut events).await;
+        assert!(event.starts_with("registered"), "{event}");
+        assert!(before.elapsed() < 12 * SECOND, "{:?}", before.elapsed());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_nobody_could_read_is_not_written() {
+    let registry = MemoryRegistry::new();
+    let large = echo().with_metadata("blob", "x".repeat(1 << 20));
+    let refused = registry.register(large).await.err();
+    assert_eq!(refused.map(|error| error.kind()), Some(Kind::Invalid));
+    let (mut registration, _events) = held(&registry, echo()).await;
+    let blob = "x".repeat(1 << 20);
+    let refused = registration.update(|s| s.with_metadata("blob", blob)).await;
+    assert_eq!(refused.map_err(|error| error.kind()), Err(Kind::Invalid));
+    let before = registry.revision();
+    time::sleep(60 * SECOND).await;
+    assert_eq!(registry.revision(), before, "it is left in peace");
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_a_handle_of_this_process_holds_is_refused_and_free_once_it_is_dropped() {
     let registry = MemoryRegistry::new();
     let (registration, _events) = held(&registry, echo()).await;
