@@ -9,7 +9,7 @@ use std::{
 use futures_util::stream;
 use tokio::{
     sync::{Mutex, mpsc},
-    time::Instant,
+    time::{self, Instant},
 };
 use tonic::{Code, Request, Response, Status, Streaming, metadata::MetadataValue};
 
@@ -215,7 +215,8 @@ impl Client {
         asked.map(|(answer, _)| answer)
     }
 
-    /// The answer, and who gave it. A token that etcd does not know is replaced, once.
+    /// The answer, and who gave it. A token that etcd does not know is replaced, once; that is within the time, too,
+    /// as is the wait for whoever else asks for one.
     async fn ask_member<M, T, F>(
         &self,
         what: &'static str,
@@ -227,10 +228,16 @@ impl Client {
         M: Clone,
         F: Future<Output = Result<Response<T>, Status>>,
     {
+        let deadline = Instant::now() + timeout;
+        let left = || deadline.saturating_duration_since(Instant::now());
         let mut again = self.user.is_some();
         loop {
-            let token = self.token(timeout).await?;
-            let asked = self.members.ask(what, timeout, |pool| {
+            let token = time::timeout_at(deadline, self.token(left())).await;
+            let token = token.unwrap_or_else(|_| {
+                let why = format!("no token within {timeout:?}");
+                Err(Failure::new(what, Status::deadline_exceeded(why)))
+            })?;
+            let asked = self.members.ask(what, left(), |pool| {
                 let mut request = Request::new(message.clone());
                 if let Some(token) = &token {
                     request.metadata_mut().insert("token", token.clone());

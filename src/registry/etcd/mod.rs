@@ -426,4 +426,27 @@ mod tests {
             .expect("in time");
         assert!(matches!(update, Some(Update::Stale(_))), "{update:?}");
     }
+
+    #[tokio::test]
+    async fn who_needs_a_token_waits_no_longer_for_it_than_for_the_answer() {
+        // Given an etcd that takes connections and says nothing, and a user
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let endpoint = format!("http://{}", silent.local_addr().expect("bound"));
+        let registry = EtcdRegistry::builder([endpoint], "demo").user("root", "secret");
+        let registry = registry.connect().await.expect("it does no I/O");
+        let bound = Duration::from_millis(300);
+        let registry = registry.with_timeout(bound).expect("good");
+
+        // When many ask together
+        let before = Instant::now();
+        let asked = (0..10).map(|_| registry.allocate_id());
+        let asked = futures_util::future::join_all(asked).await;
+
+        // Then all hear in time that it does not answer
+        assert!(before.elapsed() < 2 * bound, "{:?}", before.elapsed());
+        for answer in asked {
+            let error = answer.expect_err("nobody answers");
+            assert_eq!(error.kind(), Kind::RegistryUnreachable, "{error}");
+        }
+    }
 }
