@@ -381,3 +381,52 @@ async fn a_quorum_that_is_lost_and_regained_costs_nobody_his_session() {
     scene.time_passes().await;
     scene.was_never_wrong("quorum").await;
 }
+
+/// A follower is a moment behind the leader, always. That is no reason to say that nothing can be known.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_is_a_moment_behind_is_watched_through_all_the_same() {
+    // Given a cluster that is written to all the time
+    let cluster = Cluster::start().await;
+    let endpoints: Vec<_> = cluster.members.iter().map(|m| m.endpoint()).collect();
+    let writer = view::registry(&endpoints).await;
+    let writes = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let writers: Vec<_> = (0..8)
+        .map(|n| {
+            let (writer, writes) = (writer.clone(), writes.clone());
+            tokio::spawn(async move {
+                let key = format!("role-{n}");
+                let session = Session::new(key, "h:1");
+                let mut held = writer.register(session).await.expect("it is free");
+                for version in 0.. {
+                    let version = format!("{version}");
+                    let updated = held.update(|s| s.with_version(version)).await;
+                    updated.expect("etcd answers");
+                    writes.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                }
+            })
+        })
+        .collect();
+
+    // When many begin to watch, through whichever member
+    let began = Instant::now();
+    let mut stale = Vec::new();
+    for n in 0..150 {
+        let registry = view::registry(&endpoints).await;
+        let mut view = View::listed(&registry, &format!("watched-{n}")).await;
+        view.during(sleep(Duration::from_millis(20))).await;
+        let behind = |why: &String| why.contains("which it had been at");
+        stale.extend(view.stale.into_iter().filter(behind));
+    }
+    for writer in writers {
+        writer.abort();
+    }
+    let rate =
+        writes.load(std::sync::atomic::Ordering::Relaxed) as f64 / began.elapsed().as_secs_f64();
+
+    // Then nobody is told that what it knows is old
+    eprintln!(
+        "150 watches at {rate:.0} writes a second: stale {} times",
+        stale.len()
+    );
+    assert!(stale.is_empty(), "{stale:?}");
+}

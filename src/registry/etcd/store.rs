@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::stream;
-use tokio::time;
+use tokio::time::{self, Instant};
 
 use super::{
     client::{Client, Watched},
@@ -34,6 +34,11 @@ const LARGEST_PAGE: i64 = 10_000;
 /// word, by itself, comes every ten minutes.
 const SILENCE: Duration = Duration::from_secs(3);
 const ANSWER: Duration = Duration::from_secs(2);
+
+/// How far a member may be behind the list when a watch begins on it, and how often it is asked meanwhile. A follower
+/// is a moment behind whoever answered the list, always.
+const BEHIND: Duration = Duration::from_millis(500);
+const PROGRESS: Duration = Duration::from_millis(20);
 
 #[derive(Debug)]
 pub(super) struct EtcdStore {
@@ -106,7 +111,7 @@ impl EtcdStore {
             client: self.client.clone(),
             before: from.saturating_sub(1),
         };
-        let first = time::timeout(self.timeout, watching.message()).await;
+        let first = time::timeout(self.timeout, watching.first()).await;
         let Ok(first) = first else {
             self.client.suspect(&watching.watched);
             let why = format!("etcd did not create it within {:?}", self.timeout);
@@ -233,14 +238,35 @@ impl Store for EtcdStore {
 // === impl Watching ===
 
 impl Watching {
+    /// The first message's events, once its member is as far as the list was.
+    async fn first(&mut self) -> Result<Vec<Event>, Broken> {
+        let (mut events, mut revision) = self.message().await?;
+        let late = Instant::now() + BEHIND;
+        while revision < self.before {
+            time::sleep(PROGRESS).await;
+            self.watched.ask_for_progress();
+            (events, revision) = match time::timeout_at(late, self.message()).await {
+                Ok(told) => told?,
+                Err(_) => return Err(self.is_behind(revision)),
+            };
+        }
+        Ok(events)
+    }
+
     /// The next message's events; a watch that is silent for long is asked whether it lives.
     async fn next(&mut self) -> Result<Vec<Event>, Broken> {
-        if let Ok(told) = time::timeout(SILENCE, self.message()).await {
-            return told;
-        }
-        self.watched.ask_for_progress();
-        match time::timeout(ANSWER, self.message()).await {
-            Ok(told) => told,
+        let told = match time::timeout(SILENCE, self.message()).await {
+            Ok(told) => Ok(told),
+            Err(_) => {
+                self.watched.ask_for_progress();
+                time::timeout(ANSWER, self.message()).await
+            }
+        };
+        match told {
+            Ok(told) => match told? {
+                (_, revision) if revision < self.before => Err(self.is_behind(revision)),
+                (events, _) => Ok(events),
+            },
             Err(_) => {
                 self.client.suspect(&self.watched);
                 let why = format!("etcd has said nothing for {:?}", SILENCE + ANSWER);
@@ -249,8 +275,20 @@ impl Watching {
         }
     }
 
-    /// The next message's events; a compaction comes as an ordinary message, as does a cancellation. Cancel safe.
-    async fn message(&mut self) -> Result<Vec<Event>, Broken> {
+    /// etcd takes a watch of the future, and says nothing until that has come: for ever, if it was emptied since the
+    /// list. A member that lags behind for long is not the one to watch, either.
+    fn is_behind(&self, revision: u64) -> Broken {
+        self.client.suspect(&self.watched);
+        let why = format!(
+            "etcd is at revision {revision}, before {}, which it had been at",
+            self.before
+        );
+        Broken::Lost(why.into())
+    }
+
+    /// The next message's events, and the revision that its member is at; a compaction comes as an ordinary message,
+    /// as does a cancellation. Cancel safe.
+    async fn message(&mut self) -> Result<(Vec<Event>, u64), Broken> {
         let message = match self.watched.messages.message().await {
             Ok(Some(message)) => message,
             Ok(None) => return Err(Broken::Lost("etcd ended it".into())),
@@ -268,19 +306,10 @@ impl Watching {
             let why = format!("etcd canceled it: {}", message.cancel_reason);
             return Err(Broken::Lost(why.into()));
         }
-        // etcd takes a watch of the future, and says nothing until that has come: for ever, if it was emptied
-        // since the list. A member that merely lags behind is not the one to watch, either.
         let revision = message.header.map_or(0, |header| positive(header.revision));
-        if revision < self.before {
-            self.client.suspect(&self.watched);
-            let why = format!(
-                "etcd is at revision {revision}, before {}, which it had been at",
-                self.before
-            );
-            return Err(Broken::Lost(why.into()));
-        }
         self.client.past.reached(self.past, revision);
-        Ok(message.events.into_iter().filter_map(event).collect())
+        let events = message.events.into_iter().filter_map(event);
+        Ok((events.collect(), revision))
     }
 }
 
