@@ -135,8 +135,8 @@ pub enum RegistrationState {
         /// How.
         why: SharedError,
     },
-    /// Somebody else has its key; it is registered again when that is free, unless the other is its successor:
-    /// the same role, id and address.
+    /// Somebody else has its key; it is registered again when that is free, unless the other is its successor: the
+    /// same role, id and address, and younger.
     Taken {
         /// Who.
         by: Holder,
@@ -146,7 +146,7 @@ pub enum RegistrationState {
         /// Who is active.
         active: Holder,
     },
-    /// It was given up, or its runtime has ended.
+    /// It was given up, its successor has its key, or its runtime has ended.
     Ended,
 }
 
@@ -188,7 +188,7 @@ pub enum RegistrationEvent {
         /// Who is active.
         active: Holder,
     },
-    /// It was given up, or its runtime has ended. The last event.
+    /// It was given up, its successor has its key, or its runtime has ended. The last event.
     Ended,
 }
 
@@ -368,8 +368,8 @@ impl Registration {
     /// # Errors
     ///
     /// [`Kind::Invalid`] if the changed session cannot work, or is another by role or id;
-    /// [`Kind::RegistryUnreachable`] if the registry has it and does not answer; [`Kind::SessionDeleted`] if the
-    /// runtime that it was made on has ended.
+    /// [`Kind::RegistryUnreachable`] if the registry has it and does not answer; [`Kind::SessionDeleted`] if it has
+    /// [ended](RegistrationState::Ended).
     ///
     /// # Cancel safety
     ///
@@ -410,8 +410,8 @@ impl Registration {
     ///
     /// # Errors
     ///
-    /// [`Kind::RegistryUnreachable`] if the registry does not answer, and [`Kind::SessionDeleted`] if the runtime
-    /// that it was made on has ended: then the session ends with its TTL.
+    /// [`Kind::RegistryUnreachable`] if the registry does not answer; [`Kind::SessionDeleted`] if it has
+    /// [ended](RegistrationState::Ended) before: then the key is its successor's, or the session ends with its TTL.
     ///
     /// # Cancel safety
     ///
@@ -432,7 +432,9 @@ impl Registration {
     fn ended(&self) -> Error {
         Error::new(Kind::SessionDeleted)
             .with_role(self.session.role_arc())
-            .with_reason("its registration has ended, with the runtime that it was made on")
+            .with_reason(
+                "its registration has ended: its successor registered, or its runtime is gone",
+            )
     }
 }
 

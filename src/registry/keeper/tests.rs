@@ -167,7 +167,9 @@ async fn whoever_is_restarted_takes_over_from_itself_at_once() {
     assert!(
         matches!(new.state(), RegistrationState::Registered { generation: g } if g == generation)
     );
-    drop(old);
+    let error = old.deregister().await.expect_err("it has nothing any more");
+    assert_eq!(error.kind(), Kind::SessionDeleted);
+    assert!(error.to_string().contains("its successor"), "{error}");
     time::sleep(SECOND).await;
     assert!(
         there(&registry).await.is_some(),
