@@ -58,7 +58,8 @@ const EVENTS: usize = 64;
 ///
 /// [`Kind::Invalid`] if the session cannot work, or outside a tokio runtime;
 /// [`Kind::AlreadyRegistered`], naming the holder, if somebody else has its key, if only a process that
-/// is gone and whose TTL is not over; [`Kind::RegistryUnreachable`] if the registry does not answer.
+/// is gone and whose TTL is not over; [`Kind::RegistryUnreachable`] if the registry does not answer;
+/// [`Kind::RegistryRefused`] if it does not take the record, as where its user may not write.
 ///
 /// # Cancel safety
 ///

@@ -19,6 +19,8 @@ use crate::{error::Error, registry::Session};
 /// Of a record that another program wrote, whatever its `Metadata` is, the id is the rest of the key, unless
 /// the metadata is an object with an `id`, a string or an integer. Fields that are unknown, or of another
 /// type than ours, are skipped.
+///
+/// What is written has any id but `active`, whose key is that of exclusive sessions; what is read may have it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Naming;
 
@@ -44,6 +46,11 @@ impl Codec for Naming {
     }
 
     fn encode(&self, session: &Session, _lease: i64) -> Result<Vec<u8>, Error> {
+        if session.id() == ACTIVE && !session.is_exclusive() {
+            let why =
+                "\"active\" cannot be one: its key is that of the exclusive sessions of its role";
+            return Err(Error::invalid("id", why));
+        }
         let record = Written {
             op: 0,
             addr: session.address(),
@@ -184,6 +191,16 @@ mod tests {
                 .expect("it can be read");
             assert_eq!(back, Some(session));
         }
+    }
+
+    #[test]
+    fn nobody_takes_the_key_of_the_exclusive_by_its_id() {
+        let active = Session::new("echo", "h:1").with_id("active");
+        let refused = Naming.encode(&active, 0).expect_err("it is another's key");
+        assert!(refused.to_string().contains("\"active\""), "{refused}");
+        let exclusive = active.with_exclusive(true);
+        assert_eq!(Naming.key("demo", &exclusive), "demo/echo/active");
+        Naming.encode(&exclusive, 0).expect("that is its own");
     }
 
     #[test]
