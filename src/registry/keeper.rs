@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     Backoff,
-    error::{BoxError, Error, SharedError},
+    error::{BoxError, Error, Kind, SharedError},
 };
 
 /// How long whoever waits for a key trusts its feed before it looks for itself.
@@ -201,7 +201,7 @@ impl Keeper {
                 }
                 // Claiming => (Waiting => Claiming | refused)
                 Err(error) => {
-                    if outcome.is_open() {
+                    if outcome.is_open() && !outcome.waits_out(&error) {
                         return outcome.tell(Err(error));
                     }
                     let delay = backoff().delay(failures);
@@ -255,7 +255,7 @@ impl Keeper {
     /// To be written with the next claim.
     fn remember(&mut self, update: Update) {
         let Update { session, reply } = update;
-        let result = codec::encode(&*self.home.codec, &session, 1).map(drop);
+        let result = codec::encode(&*self.home.codec, &session, i64::MAX).map(drop);
         if result.is_ok() {
             self.session = session;
         }
@@ -323,6 +323,12 @@ impl Outcome {
     /// Somebody waits, and nothing is registered yet.
     fn is_open(&self) -> bool {
         self.tell.is_some()
+    }
+
+    /// Whether this error is one that may pass in the time that it waits.
+    fn waits_out(&self, error: &Error) -> bool {
+        let passes = error.kind() == Kind::RegistryUnreachable;
+        passes && self.until().is_some_and(|until| Instant::now() < until)
     }
 
     fn until(&self) -> Option<Instant> {

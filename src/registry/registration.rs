@@ -39,7 +39,7 @@ const EVENTS: usize = 64;
 ///
 /// The key of an earlier registration of the same role, id and address is taken over at once: that was this
 /// very instance, before it was restarted, for two cannot listen at one address. If it lives all the same it ends.
-/// A registration of this process, through a handle of this registry, is not taken over while its handle lives.
+/// A registration of this process, through a clone of the same registry, is not taken over while its handle lives.
 ///
 /// ```
 /// use std::time::Duration;
@@ -231,8 +231,8 @@ impl Register {
         }
     }
 
-    /// If somebody else has its key, waits until it is free, for so long at most. Default: that is an error at
-    /// once. 1 ms to 1 day. It makes no difference to an exclusive session, which stands by.
+    /// If somebody else has its key, or the registry does not answer, waits until that is over, for so long at most,
+    /// and a request's time. Default: that is an error at once. 1 ms to 1 day. It makes no difference to an exclusive session, which stands by.
     ///
     /// # Errors
     ///
@@ -268,7 +268,7 @@ impl IntoFuture for Register {
             let runtime = keeper::current_runtime()?;
             session.validate()?;
             // What the format cannot hold is better said here than in a log.
-            codec::encode(&*home.codec, &session, 1)?;
+            codec::encode(&*home.codec, &session, i64::MAX)?;
             let session = Arc::new(session);
             let board = Board::new();
             // One at a time: a handle has one owner.
@@ -369,7 +369,8 @@ impl Registration {
     /// # Errors
     ///
     /// [`Kind::Invalid`] if the changed session cannot work, or is another by role or id;
-    /// [`Kind::RegistryUnreachable`] if the registry has it and does not answer; [`Kind::SessionDeleted`] if it has
+    /// [`Kind::RegistryUnreachable`] if the registry had it and does not answer; [`Kind::RegistryRefused`] if it does
+    /// not take the change; [`Kind::SessionDeleted`] if it has
     /// [ended](RegistrationState::Ended).
     ///
     /// # Cancel safety

@@ -77,15 +77,15 @@ impl Identity {
         if !response.body().is_end_stream() {
             return None;
         }
-        let said = self.refusal(response.headers())?;
-        let error = refused(&said).with_sent(Sent::Unprocessed);
+        let (said, sent) = self.refusal(response.headers())?;
+        let error = refused(&said).with_sent(sent);
         let _ = self.denied.set(said);
         self.told.cancel();
         Some(error)
     }
 
-    /// What the head of an answer says, if it refuses the call as another's.
-    fn refusal(&self, head: &HeaderMap) -> Option<String> {
+    /// What the head of an answer says, if it refuses the call as another's, and whether it may have been executed.
+    fn refusal(&self, head: &HeaderMap) -> Option<(String, Sent)> {
         // Decoded, and not searched as it is: spaces need no percent-encoding in grpc-message, and grpc-go's
         // are plain, but tonic's servers send `node%20not%20match`.
         let status = Status::from_header_map(head)?;
@@ -94,14 +94,18 @@ impl Identity {
             return None;
         }
         // A server that called another, and was refused there, may hand that on as its own status. It has
-        // executed this call; the id that was expected is then not ours.
-        if let Some((_, expected)) = said.split_once(EXPECTED) {
-            let id = expected.split(|c: char| !c.is_ascii_digit()).next()?;
-            self.metadata.values().find(|value| *value == id)?;
-        }
+        // executed this call; the id that was expected is then not ours. Where none is named it cannot be told.
+        let sent = match said.split_once(EXPECTED) {
+            Some((_, expected)) => {
+                let id = expected.split(|c: char| !c.is_ascii_digit()).next()?;
+                self.metadata.values().find(|value| *value == id)?;
+                Sent::Unprocessed
+            }
+            None => Sent::Sent,
+        };
         let end = said.char_indices().map(|(at, c)| at + c.len_utf8());
         let end = end.take_while(|end| *end <= MOST).last().unwrap_or(0);
-        Some(said[..end].to_owned())
+        Some((said[..end].to_owned(), sent))
     }
 
     /// Why a new call may not go out, once that is so.
@@ -204,14 +208,20 @@ mod tests {
             head.insert("grpc-status", code.parse().unwrap());
             head.insert("grpc-message", message.parse().unwrap());
             let said = identity().refusal(&head);
-            assert_eq!(said.as_deref(), expected, "{code} {message}");
+            // Where it says whom it was for, it is this server's own word.
+            let sent = match message.contains("NodeID=7") {
+                true => Sent::Unprocessed,
+                false => Sent::Sent,
+            };
+            let expected = expected.map(|said| (said.to_owned(), sent));
+            assert_eq!(said, expected, "{code} {message}");
         }
         assert_eq!(identity().refusal(&HeaderMap::new()), None);
         let mut head = HeaderMap::new();
         head.insert("grpc-status", "2".parse().unwrap());
         let long = format!("node not match {}", "%C3%BC".repeat(1000));
         head.insert("grpc-message", long.parse().unwrap());
-        let said = identity().refusal(&head).unwrap();
+        let (said, _) = identity().refusal(&head).unwrap();
         assert!((250..=256).contains(&said.len()), "{}", said.len());
     }
 }

@@ -54,6 +54,8 @@ impl Keeper {
                 match self.judge(&there) {
                     Whose::Ours => return Ok(Claimed::Held(Held::of(there))),
                     Whose::Past => {
+                        // First what is to take its place: where no lease can be had, nothing is taken away.
+                        self.lease().await?;
                         // If it has changed meanwhile, that is seen in the next round.
                         let unchanged = OnlyIf::Unchanged(there.modified);
                         self.write(None, 0, unchanged).await?;
