@@ -651,10 +651,15 @@ fn asks_who(status: &Status) -> bool {
     status.code() == Code::InvalidArgument && status.message().contains("user name is empty")
 }
 
-/// A port that was free a moment ago.
+/// A port that was free a moment ago, and stays so: it is below those that the system gives to outgoing connections,
+/// of which one could have it while its etcd is away.
 fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("it has an address").port()
+    loop {
+        let port = fastrand::u16(10_000..32_000);
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// A watch that nothing is made of.
