@@ -652,8 +652,8 @@ fn asks_who(status: &Status) -> bool {
 }
 
 /// A port that was free a moment ago, and stays so: it is below those that the system gives to outgoing connections,
-/// of which one could have it while its etcd is away.
-fn free_port() -> u16 {
+/// of which one could have it while its server is away.
+pub fn free_port() -> u16 {
     loop {
         let port = fastrand::u16(10_000..32_000);
         if TcpListener::bind(("127.0.0.1", port)).is_ok() {

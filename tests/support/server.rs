@@ -106,7 +106,7 @@ impl EchoServer {
     pub fn start_with(id: &str, options: Options) -> Self {
         let address = options
             .address
-            .unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)));
+            .unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], super::etcd::free_port())));
         let listener = bind(address);
         let address = listener.local_addr().unwrap();
         let seen = Arc::new(Seen::default());
