@@ -157,7 +157,7 @@ impl Keeper {
         }
     }
 
-    /// Ends only when the first claim is refused.
+    /// Ends only when the first claim is refused, or a successor has the key.
     async fn keep(&mut self, mut outcome: Outcome) {
         if let First::Background = outcome.how {
             outcome.tell(Ok(()));
