@@ -78,6 +78,7 @@ pub mod deadline;
 pub mod discover;
 pub mod endpoint;
 pub mod error;
+pub mod events;
 #[cfg(feature = "manager")]
 pub mod manager;
 pub mod pool;

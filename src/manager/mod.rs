@@ -14,6 +14,7 @@ pub use self::channel::{Channel, ResponseBody, ResponseFuture};
 pub use crate::pool::status::{Connectivity, Discovery, EndpointStatus};
 use crate::{
     error::{Error, Kind},
+    events::{Bus, Events},
     pool::{Pool, PoolConfig, status},
     registry::{Registry, session::check_role},
     transport::{Connection, Connector},
@@ -70,6 +71,7 @@ pub struct Status {
 struct Inner {
     config: PoolConfig,
     connector: Connector,
+    bus: Bus,
     roles: Mutex<Roles>,
 }
 
@@ -136,6 +138,56 @@ impl ConnectionManager {
             btree_map::Entry::Vacant(vacant) => vacant.insert(new),
         };
         Ok(Channel::new(pool.clone()))
+    }
+
+    /// Watches and connects a role in the background from here on, whether anybody calls it or not. Returns at once,
+    /// and needs nothing to be up.
+    ///
+    /// # Errors
+    ///
+    /// As [`ConnectionManager::try_channel`].
+    pub fn depends_on(&self, role: &str) -> Result<(), Error> {
+        self.try_channel(role).map(drop)
+    }
+
+    /// Waits until `n` instances of a role are ready.
+    ///
+    /// # Errors
+    ///
+    /// As [`ConnectionManager::try_channel`]; when they are not ready within this time, an error that says what is
+    /// missing.
+    pub async fn ready(
+        &self,
+        role: &str,
+        n: usize,
+        within: std::time::Duration,
+    ) -> Result<(), Error> {
+        let channel = self.try_channel(role)?;
+        let ready = async {
+            loop {
+                let status = self.status();
+                let of_role = status.roles.iter().find(|r| &*r.role == role);
+                let ready = of_role.map_or(0, |r| {
+                    r.endpoints
+                        .iter()
+                        .filter(|e| e.state == Connectivity::Ready)
+                        .count()
+                });
+                if ready >= n {
+                    return;
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        };
+        drop(channel);
+        tokio::time::timeout(within, ready)
+            .await
+            .map_err(|_| Error::new(Kind::NotConnected).with_role(&role.into()))
+    }
+
+    /// What happens to this manager's connections, from here on; see [`Events`].
+    pub fn events(&self) -> Events {
+        self.inner.bus.events()
     }
 
     /// What it is doing at this moment.
@@ -214,6 +266,7 @@ impl Builder {
             inner: Arc::new(Inner {
                 config: self.pools,
                 connector: self.connector,
+                bus: Bus::new(),
                 roles: Mutex::new(Roles {
                     pools: BTreeMap::new(),
                     registry: Some(self.registry),

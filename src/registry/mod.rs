@@ -77,10 +77,26 @@ pub trait Registry: fmt::Debug + Send + Sync + 'static {
     ///
     /// [`Kind::Invalid`](crate::Kind::Invalid) if this cannot be a role: see [`Session::validate`].
     fn discover(&self, role: &str) -> Result<Discovery, Error>;
+
+    /// Registers a session, where this is a registry that takes any; what `register` is for those whose type is
+    /// known. Default: it takes none.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) if it takes none.
+    fn register_session(&self, session: Session) -> Result<Register, Error> {
+        let role = session.role_arc();
+        let why = "it only tells what is there, and takes no sessions";
+        Err(Error::invalid("registry", why).with_role(role))
+    }
 }
 
 impl<R: Registry + ?Sized> Registry for Arc<R> {
     fn discover(&self, role: &str) -> Result<Discovery, Error> {
         (**self).discover(role)
+    }
+
+    fn register_session(&self, session: Session) -> Result<Register, Error> {
+        (**self).register_session(session)
     }
 }

@@ -214,6 +214,10 @@ impl Registry for EtcdRegistry {
     fn discover(&self, role: &str) -> Result<Discovery, Error> {
         self.home.discover(role)
     }
+
+    fn register_session(&self, session: Session) -> Result<Register, Error> {
+        Ok(self.register(session))
+    }
 }
 
 // === impl EtcdBuilder ===

@@ -211,6 +211,10 @@ impl Registry for MemoryRegistry {
     fn discover(&self, role: &str) -> Result<Discovery, Error> {
         self.home.discover(role)
     }
+
+    fn register_session(&self, session: Session) -> Result<Register, Error> {
+        Ok(self.register(session))
+    }
 }
 
 impl fmt::Debug for MemoryRegistry {

@@ -1,0 +1,421 @@
+//! What happens to the connections of a process, told as it happens.
+//!
+//! Each event is told twice: to whoever reads [`Events`], typed, and to `tracing`, under the target
+//! `switchboard::events`, with these fields and no others, where they apply:
+//!
+//! | field | is |
+//! | --- | --- |
+//! | `event` | what happened, one of [`EventKind::name`]'s words |
+//! | `role`, `id`, `address`, `generation` | to whom |
+//! | `attempts` | failed attempts in a row |
+//! | `next_ms` | milliseconds until the next attempt |
+//! | `after_ms` | milliseconds that the trouble lasted |
+//! | `error` | why |
+//!
+//! Trouble is told at level WARN, the further attempts of an endpoint that is known to be in trouble at DEBUG, and
+//! all else at INFO. Names of fields and events change only with a major version.
+
+use std::{
+    fmt,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, SystemTime},
+};
+
+use futures_core::Stream;
+use futures_util::stream;
+use tokio::sync::broadcast;
+
+use crate::error::{Brief, Peer, SharedError};
+
+/// How many events are kept for a reader that is behind.
+const KEPT: usize = 1024;
+
+/// Something that happened to a connection, an instance, a role or the process. Its `Display` is one line without
+/// the time.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Event {
+    /// When.
+    pub at: SystemTime,
+    /// The role that it is about; empty for [`EventKind::Missed`] and [`EventKind::Stopped`].
+    pub role: Arc<str>,
+    /// What.
+    pub kind: EventKind,
+}
+
+/// What an [`Event`] tells.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum EventKind {
+    /// The role is looked for and connected from here on.
+    Watching,
+    /// The role was let go by [`release`](crate::manager::ConnectionManager::release).
+    #[cfg(feature = "manager")]
+    Released,
+    /// Nobody has used the role for long enough: its connections are closed until somebody does.
+    Idle,
+    /// Somebody uses the role that was idle.
+    Woken,
+    /// A session was registered.
+    Added {
+        /// Whose.
+        peer: Arc<Peer>,
+    },
+    /// The first attempt to connect begins, since it was registered or since its connection was lost.
+    Connecting {
+        /// To whom.
+        peer: Arc<Peer>,
+    },
+    /// It is connected, for the first time.
+    Connected {
+        /// To whom.
+        peer: Arc<Peer>,
+    },
+    /// It is connected again.
+    Restored {
+        /// To whom.
+        peer: Arc<Peer>,
+        /// How long it was not.
+        after: Duration,
+    },
+    /// Its connection is gone.
+    Lost {
+        /// To whom.
+        peer: Arc<Peer>,
+        /// Why.
+        why: SharedError,
+    },
+    /// An attempt to connect has failed.
+    AttemptFailed {
+        /// To whom.
+        peer: Arc<Peer>,
+        /// How many failed in a row, this one included.
+        attempts: u32,
+        /// How long until the next one; `None`: not before the registry speaks of it.
+        next: Option<Duration>,
+        /// Why.
+        why: SharedError,
+    },
+    /// So many attempts have failed that calls to it fail at once, until a slow probe or one after the registry's next
+    /// word succeeds.
+    Offline {
+        /// Who.
+        peer: Arc<Peer>,
+        /// How many failed in a row.
+        attempts: u32,
+        /// How long until it is probed; `None`: not before the registry speaks of it.
+        next: Option<Duration>,
+        /// Why the last one failed.
+        why: SharedError,
+    },
+    /// Its session says that it is stopping: it gets no new calls but pinned ones.
+    Stopping {
+        /// Who.
+        peer: Arc<Peer>,
+    },
+    /// It is registered, and must not be called.
+    Barred {
+        /// Who.
+        peer: Arc<Peer>,
+        /// Why.
+        why: SharedError,
+    },
+    /// Its session is gone: its calls in flight end, or finish if it was stopping.
+    Removed {
+        /// Whose.
+        peer: Arc<Peer>,
+    },
+    /// The registry does not answer; the last known set is kept.
+    RegistryStale {
+        /// Why.
+        why: SharedError,
+    },
+    /// The set is up to date, for the first time or again.
+    RegistryFresh {
+        /// How long it was not, if it ever was before.
+        after: Option<Duration>,
+    },
+    /// The reader was too slow: so many events before this one are lost to it.
+    Missed {
+        /// How many.
+        events: u64,
+    },
+    /// The manager was stopped: this is the last event.
+    Stopped,
+}
+
+/// The events of a process, from here on.
+///
+/// The last 1,024 are kept for a reader that is behind; a slower one is told how many it has
+/// [missed](EventKind::Missed), and holds up nobody. Who needs to know exactly what is there uses a watch of the role.
+/// It ends after [`EventKind::Stopped`].
+#[must_use = "streams do nothing unless polled"]
+pub struct Events {
+    inner: Pin<Box<dyn Stream<Item = Event> + Send + Sync>>,
+}
+
+/// Where events are told. A clone tells the same readers.
+#[derive(Clone, Debug)]
+pub(crate) struct Bus {
+    readers: broadcast::Sender<Event>,
+}
+
+// === impl Event ===
+
+impl Event {
+    fn new(role: &Arc<str>, kind: EventKind) -> Self {
+        Self {
+            at: SystemTime::now(),
+            role: role.clone(),
+            kind,
+        }
+    }
+
+    /// The instance that it is about, if it is about one.
+    pub fn peer(&self) -> Option<&Arc<Peer>> {
+        self.kind.peer()
+    }
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use EventKind as Kind;
+        match (self.kind.peer(), &*self.role) {
+            (Some(peer), _) => write!(f, "{peer}: ")?,
+            (None, "") => {}
+            (None, role) => write!(f, "{role}: ")?,
+        }
+        match &self.kind {
+            Kind::Watching => f.write_str("watching"),
+            #[cfg(feature = "manager")]
+            Kind::Released => f.write_str("released"),
+            Kind::Idle => f.write_str("idle, connections closed"),
+            Kind::Woken => f.write_str("in use again"),
+            Kind::Added { peer } => write!(f, "added, generation {}", peer.generation),
+            Kind::Connecting { .. } => f.write_str("connecting"),
+            Kind::Connected { .. } => f.write_str("connected"),
+            Kind::Restored { after, .. } => write!(f, "restored after {}", Brisk(*after)),
+            Kind::Lost { why, .. } => write!(f, "lost: {}", Brief(&**why)),
+            Kind::AttemptFailed {
+                attempts,
+                next,
+                why,
+                ..
+            } => {
+                let why = Brief(&**why);
+                write!(f, "attempt {attempts} failed: {why}{}", Next(*next))
+            }
+            Kind::Offline {
+                attempts,
+                next,
+                why,
+                ..
+            } => {
+                let s = if *attempts == 1 { "" } else { "s" };
+                let why = Brief(&**why);
+                write!(
+                    f,
+                    "offline after {attempts} attempt{s}: {why}{}",
+                    Next(*next)
+                )
+            }
+            Kind::Stopping { .. } => f.write_str("stopping"),
+            Kind::Barred { why, .. } => write!(f, "not to be called: {}", Brief(&**why)),
+            Kind::Removed { .. } => f.write_str("removed"),
+            Kind::RegistryStale { why } => write!(f, "registry stale: {}", Brief(&**why)),
+            Kind::RegistryFresh { after: None } => f.write_str("registry fresh"),
+            Kind::RegistryFresh { after: Some(after) } => {
+                write!(f, "registry fresh after {}", Brisk(*after))
+            }
+            Kind::Missed { events } => write!(f, "{events} events were missed"),
+            Kind::Stopped => f.write_str("stopped"),
+        }
+    }
+}
+
+// === impl EventKind ===
+
+impl EventKind {
+    /// Its name in one or two words with an underscore, as it is in `tracing`'s field `event`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Watching => "watching",
+            #[cfg(feature = "manager")]
+            Self::Released => "released",
+            Self::Idle => "idle",
+            Self::Woken => "woken",
+            Self::Added { .. } => "added",
+            Self::Connecting { .. } => "connecting",
+            Self::Connected { .. } => "connected",
+            Self::Restored { .. } => "restored",
+            Self::Lost { .. } => "lost",
+            Self::AttemptFailed { .. } => "attempt_failed",
+            Self::Offline { .. } => "offline",
+            Self::Stopping { .. } => "stopping",
+            Self::Barred { .. } => "barred",
+            Self::Removed { .. } => "removed",
+            Self::RegistryStale { .. } => "registry_stale",
+            Self::RegistryFresh { .. } => "registry_fresh",
+            Self::Missed { .. } => "missed",
+            Self::Stopped => "stopped",
+        }
+    }
+
+    fn peer(&self) -> Option<&Arc<Peer>> {
+        match self {
+            Self::Added { peer }
+            | Self::Connecting { peer }
+            | Self::Connected { peer }
+            | Self::Restored { peer, .. }
+            | Self::Lost { peer, .. }
+            | Self::AttemptFailed { peer, .. }
+            | Self::Offline { peer, .. }
+            | Self::Stopping { peer }
+            | Self::Barred { peer, .. }
+            | Self::Removed { peer } => Some(peer),
+            _ => None,
+        }
+    }
+
+    fn why(&self) -> Option<&SharedError> {
+        match self {
+            Self::Lost { why, .. }
+            | Self::AttemptFailed { why, .. }
+            | Self::Offline { why, .. }
+            | Self::Barred { why, .. }
+            | Self::RegistryStale { why } => Some(why),
+            _ => None,
+        }
+    }
+}
+
+// === impl Events ===
+
+impl Stream for Events {
+    type Item = Event;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.inner.as_mut().poll_next(cx)
+    }
+}
+
+impl fmt::Debug for Events {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Events").finish_non_exhaustive()
+    }
+}
+
+// === impl Bus ===
+
+impl Bus {
+    pub(crate) fn new() -> Self {
+        Self {
+            readers: broadcast::Sender::new(KEPT),
+        }
+    }
+
+    /// Tells an event. Waits for nobody.
+    pub(crate) fn tell(&self, role: &Arc<str>, kind: EventKind) {
+        trace(role, &kind);
+        // Nobody reads: that is no error.
+        let _ = self.readers.send(Event::new(role, kind));
+    }
+
+    pub(crate) fn events(&self) -> Events {
+        let readers = Some(self.readers.subscribe());
+        let events = stream::unfold(readers, async |readers| {
+            let mut readers = readers?;
+            let none = || Arc::from("");
+            match readers.recv().await {
+                Ok(event) => {
+                    let over = matches!(event.kind, EventKind::Stopped);
+                    Some((event, (!over).then_some(readers)))
+                }
+                Err(broadcast::error::RecvError::Lagged(events)) => {
+                    let missed = EventKind::Missed { events };
+                    Some((Event::new(&none(), missed), Some(readers)))
+                }
+                // Whoever told is gone, and so it was stopped.
+                Err(broadcast::error::RecvError::Closed) => {
+                    Some((Event::new(&none(), EventKind::Stopped), None))
+                }
+            }
+        });
+        Events {
+            inner: Box::pin(events),
+        }
+    }
+}
+
+/// The same for `tracing`.
+fn trace(role: &Arc<str>, kind: &EventKind) {
+    macro_rules! tell {
+        ($level:ident) => {
+            tracing::$level!(
+                target: "switchboard::events",
+                event = kind.name(),
+                role = &**role,
+                id = kind.peer().map(|peer| &*peer.id),
+                address = kind.peer().map(|peer| &*peer.address),
+                generation = kind.peer().map(|peer| peer.generation),
+                attempts = match kind {
+                    EventKind::AttemptFailed { attempts, .. } | EventKind::Offline { attempts, .. } => Some(*attempts),
+                    _ => None,
+                },
+                next_ms = match kind {
+                    EventKind::AttemptFailed { next, .. } | EventKind::Offline { next, .. } => next.map(millis),
+                    _ => None,
+                },
+                after_ms = match kind {
+                    EventKind::Restored { after, .. } => Some(millis(*after)),
+                    EventKind::RegistryFresh { after } => after.map(millis),
+                    _ => None,
+                },
+                error = kind.why().map(tracing::field::display),
+            )
+        };
+    }
+    match kind {
+        // The first failure of a row is news; those that follow are what was to be expected.
+        EventKind::AttemptFailed { attempts: 2.., .. } => tell!(debug),
+        EventKind::AttemptFailed { .. }
+        | EventKind::Lost { .. }
+        | EventKind::Offline { .. }
+        | EventKind::Barred { .. }
+        | EventKind::RegistryStale { .. } => tell!(warn),
+        _ => tell!(info),
+    }
+}
+
+fn millis(of: Duration) -> u64 {
+    u64::try_from(of.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// When it is tried again.
+struct Next(Option<Duration>);
+
+impl fmt::Display for Next {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(next) => write!(f, "; next in {}", Brisk(next)),
+            None => f.write_str("; until the registry speaks of it"),
+        }
+    }
+}
+
+/// A duration in the one unit that matters.
+pub(crate) struct Brisk(pub(crate) Duration);
+
+impl fmt::Display for Brisk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.as_secs() {
+            0 => write!(f, "{}ms", self.0.as_millis()),
+            1..=9 => write!(f, "{:.1}s", self.0.as_secs_f64()),
+            s @ 10..=119 => write!(f, "{s}s"),
+            s @ 120..=7199 => write!(f, "{}m", s / 60),
+            s => write!(f, "{}h", s / 3600),
+        }
+    }
+}
