@@ -1,6 +1,6 @@
 //! What happens to the connections of a process, told as it happens.
 //!
-//! Each event is told twice: to whoever reads [`Events`], typed, and to `tracing`, under the target
+//! Each event is told twice: to whoever reads `Events` of a `ConnectionManager`, typed, and to `tracing`, under the target
 //! `switchboard::events`, with these fields and no others, where they apply:
 //!
 //! | field | is |
@@ -17,13 +17,18 @@
 
 use std::{
     fmt,
-    pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
     time::{Duration, SystemTime},
 };
+#[cfg(feature = "manager")]
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+};
 
+#[cfg(feature = "manager")]
 use futures_core::Stream;
+#[cfg(feature = "manager")]
 use futures_util::stream;
 use tokio::sync::broadcast;
 
@@ -110,6 +115,11 @@ pub enum EventKind {
         /// Why the last one failed.
         why: SharedError,
     },
+    /// Its session says something else than before, or the registry spoke of it once more.
+    Updated {
+        /// Whose.
+        peer: Arc<Peer>,
+    },
     /// Its session says that it is stopping: it gets no new calls but pinned ones.
     Stopping {
         /// Who.
@@ -151,6 +161,7 @@ pub enum EventKind {
 /// The last 1,024 are kept for a reader that is behind; a slower one is told how many it has
 /// [missed](EventKind::Missed), and holds up nobody. Who needs to know exactly what is there uses a watch of the role.
 /// It ends after [`EventKind::Stopped`].
+#[cfg(feature = "manager")]
 #[must_use = "streams do nothing unless polled"]
 pub struct Events {
     inner: Pin<Box<dyn Stream<Item = Event> + Send + Sync>>,
@@ -221,6 +232,7 @@ impl fmt::Display for Event {
                     Next(*next)
                 )
             }
+            Kind::Updated { .. } => f.write_str("updated"),
             Kind::Stopping { .. } => f.write_str("stopping"),
             Kind::Barred { why, .. } => write!(f, "not to be called: {}", Brief(&**why)),
             Kind::Removed { .. } => f.write_str("removed"),
@@ -253,6 +265,7 @@ impl EventKind {
             Self::Lost { .. } => "lost",
             Self::AttemptFailed { .. } => "attempt_failed",
             Self::Offline { .. } => "offline",
+            Self::Updated { .. } => "updated",
             Self::Stopping { .. } => "stopping",
             Self::Barred { .. } => "barred",
             Self::Removed { .. } => "removed",
@@ -272,6 +285,7 @@ impl EventKind {
             | Self::Lost { peer, .. }
             | Self::AttemptFailed { peer, .. }
             | Self::Offline { peer, .. }
+            | Self::Updated { peer }
             | Self::Stopping { peer }
             | Self::Barred { peer, .. }
             | Self::Removed { peer } => Some(peer),
@@ -293,6 +307,7 @@ impl EventKind {
 
 // === impl Events ===
 
+#[cfg(feature = "manager")]
 impl Stream for Events {
     type Item = Event;
 
@@ -301,6 +316,7 @@ impl Stream for Events {
     }
 }
 
+#[cfg(feature = "manager")]
 impl fmt::Debug for Events {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Events").finish_non_exhaustive()
@@ -323,6 +339,7 @@ impl Bus {
         let _ = self.readers.send(Event::new(role, kind));
     }
 
+    #[cfg(feature = "manager")]
     pub(crate) fn events(&self) -> Events {
         let readers = Some(self.readers.subscribe());
         let events = stream::unfold(readers, async |readers| {

@@ -7,7 +7,7 @@ use std::{
 
 use tokio::sync::Notify;
 
-use super::load::Load;
+use super::load::{Guard, Load};
 use crate::error::Peer;
 
 /// An endpoint that is connected: one for each connection that it has in its life.
@@ -19,6 +19,8 @@ pub(crate) struct Ready<S> {
     // waiting for the driver: a dead peer has no load, and would attract them all.
     down: AtomicBool,
     went_down: Notify,
+    // Whether it had a call since that was last asked.
+    used: AtomicBool,
 }
 
 // === impl Ready ===
@@ -31,7 +33,24 @@ impl<S> Ready<S> {
             key,
             down: AtomicBool::new(false),
             went_down: Notify::new(),
+            used: AtomicBool::new(false),
         }
+    }
+
+    /// Counts a call in.
+    #[inline]
+    pub(crate) fn acquire(&self) -> Guard<Peer> {
+        // Looked at first: a line that all threads read is not written to for nothing. Relaxed: idleness is a matter
+        // of minutes.
+        if !self.used.load(Ordering::Relaxed) {
+            self.used.store(true, Ordering::Relaxed);
+        }
+        self.load.acquire()
+    }
+
+    /// Whether it has had a call since this was last asked, or has one now.
+    pub(crate) fn take_used(&self) -> bool {
+        self.used.swap(false, Ordering::Relaxed) || self.load.current() > 0
     }
 
     /// Whether a call has found it done for. Relaxed: a pick that just misses it finds out for itself.

@@ -2,13 +2,14 @@
 
 use std::{
     panic::AssertUnwindSafe,
+    pin::pin,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use futures_util::FutureExt as _;
 use tokio::{
-    sync::{Notify, mpsc, watch},
+    sync::{Notify, Semaphore, mpsc, watch},
     time,
 };
 
@@ -24,11 +25,13 @@ pub(crate) enum Event<S> {
     Connected(Arc<Ready<S>>),
     /// Its connection is gone; an attempt, or an event of a failure, follows at once.
     Lost { why: SharedError },
-    /// An attempt failed, the `attempts`-th in a row; `offline` when it was the last.
+    /// An attempt failed, the `attempts`-th in a row; `offline` when it was the last. `next` is how long it is until
+    /// the next one, if the registry says nothing before.
     Failed {
         why: SharedError,
         attempts: u32,
         offline: bool,
+        next: Option<Duration>,
     },
 }
 
@@ -37,8 +40,8 @@ pub(crate) enum Event<S> {
 pub(crate) enum Command {
     #[default]
     Run,
-    /// Takes no new calls, and closes when those in flight are done or the drain bound has passed.
-    Drain,
+    /// Takes no new calls, and closes when those in flight are done or this long has passed.
+    Drain(Duration),
     /// Fails the calls in flight with an error that says this, and ends.
     Close(Kind, Option<String>),
 }
@@ -53,6 +56,8 @@ pub(crate) struct Endpoint<T, C: Connect<T>> {
     pub(crate) commands: watch::Receiver<Command>,
     /// The registry has spoken of this session again: dial now.
     pub(crate) nudge: Arc<Notify>,
+    /// As many as may dial at once in this pool.
+    pub(crate) dials: Arc<Semaphore>,
     /// Connections that take no new calls and are finishing their own.
     pub(crate) retired: Vec<Arc<dyn Lifeline>>,
 }
@@ -60,19 +65,25 @@ pub(crate) struct Endpoint<T, C: Connect<T>> {
 /// Words of the registry that come faster than this are taken together: each of them dials.
 const NUDGES: Duration = Duration::from_secs(1);
 
+/// How long a dial counts as one of those that may go on at once. One that takes longer waits for a peer that is far,
+/// or silent, and costs nothing but its socket; were it to keep its place, 64 peers that are silent would keep all
+/// others waiting for as long as an attempt may take. The first SYN is repeated after 1 s.
+const BRISK: Duration = Duration::from_millis(500);
+
 impl<T: Target, C: Connect<T>> Endpoint<T, C> {
     /// Runs until told to end, also after a panic, which a user's connector or lifeline may have.
     pub(crate) async fn supervise(mut self) {
         let mut panics = 0;
         while AssertUnwindSafe(self.run()).catch_unwind().await.is_err() {
             let why: SharedError = Arc::from(BoxError::from("the endpoint's task panicked"));
+            let delay = self.dialing.backoff.delay(panics);
             self.tell(Event::Lost { why: why.clone() });
             self.tell(Event::Failed {
                 why,
-                attempts: panics + 1,
+                attempts: panics.saturating_add(1),
                 offline: false,
+                next: Some(delay),
             });
-            let delay = self.dialing.backoff.delay(panics);
             panics = panics.saturating_add(1);
             if let Err(Ended(command)) = self.pause(Some(delay), None).await {
                 return self.end(command, None).await;
@@ -131,16 +142,17 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
             // Failed => (waiting | offline) => Connecting
             attempts = attempts.saturating_add(1);
             let offline = disowned || attempts >= self.dialing.attempts;
-            self.tell(Event::Failed {
-                why,
-                attempts,
-                offline,
-            });
             let delay = if offline {
                 self.dialing.probe.map(|probe| probe.delay(0))
             } else {
                 Some(self.dialing.backoff.delay(attempts - 1))
             };
+            self.tell(Event::Failed {
+                why,
+                attempts,
+                offline,
+                next: delay,
+            });
             match self.pause(delay, last_nudge).await {
                 Err(Ended(command)) => return self.end(command, None).await,
                 Ok(Pause::Over) => {}
@@ -158,10 +170,22 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
         // Inside the future, so that a connector that panics before its first await is caught too.
         let dial = async move { connect.connect(&target).await };
         let dial = AssertUnwindSafe(dial).catch_unwind();
+        let (dials, bound) = (self.dials.clone(), self.dialing.attempt_timeout);
+        let in_turn = async move {
+            // Nobody ever closes it; if somebody did, dialling would go on without a bound.
+            let mut place = dials.acquire_owned().await.ok();
+            let mut dial = pin!(time::timeout(bound, dial));
+            tokio::select! {
+                biased;
+                result = &mut dial => return result,
+                () = time::sleep(BRISK) => drop(place.take()),
+            }
+            dial.await
+        };
         let result = tokio::select! {
             biased;
             ended = ended(&mut self.commands) => return Err(ended),
-            result = time::timeout(self.dialing.attempt_timeout, dial) => result,
+            result = in_turn => result,
         };
         Ok(match result {
             Ok(Ok(Ok(connected))) => Ok(connected),
@@ -212,18 +236,22 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
         self.retire(lifeline);
         let (kind, reason) = match command {
             Command::Close(kind, reason) => (kind, reason),
-            Command::Run | Command::Drain => {
+            Command::Run | Command::Drain(_) => {
+                let bound = match command {
+                    Command::Drain(bound) => bound,
+                    _ => self.dialing.drain,
+                };
                 let drained = async {
                     tokio::select! {
                         () = all_closed(&self.retired) => None,
                         why = closing(&mut self.commands) => Some(why),
                     }
                 };
-                match time::timeout(self.dialing.drain, drained).await {
+                match time::timeout(bound, drained).await {
                     Ok(None) => return,
                     Ok(Some(why)) => why,
                     Err(_elapsed) => {
-                        let why = format!("not done {:?} after it stopped", self.dialing.drain);
+                        let why = format!("not done {bound:?} after it stopped");
                         (Kind::SessionDeleted, Some(why))
                     }
                 }
@@ -297,12 +325,13 @@ async fn all_closed(lifelines: &[Arc<dyn Lifeline>]) {
     }
 }
 
-/// The command to end, in whichever way. The end of the sender, which is the driver's, is one too.
+/// The command to end, in whichever way. The end of the sender, which is the driver's, is one too: no word is left of
+/// it but `Run`.
 async fn ended(commands: &mut watch::Receiver<Command>) -> Ended {
     let command = commands.wait_for(|command| !matches!(command, Command::Run));
     Ended(match command.await {
         Ok(command) => command.clone(),
-        Err(_) => Command::Drain,
+        Err(_) => Command::Run,
     })
 }
 

@@ -143,7 +143,7 @@ impl fmt::Display for Detail {
 // === impl Trouble ===
 
 impl Trouble {
-    fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         let Peer { id, address, .. } = &*self.peer;
         match address.is_empty() || address == id {
             true => id.to_string(),

@@ -1,21 +1,31 @@
 //! All connections of a process, in one place.
 
 mod channel;
+mod instance;
+mod status;
+mod watch;
 
 use std::{
     collections::{BTreeMap, btree_map},
     fmt,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use futures_util::future::join_all;
 
-pub use self::channel::{Channel, ResponseBody, ResponseFuture};
-pub use crate::pool::status::{Connectivity, Discovery, EndpointStatus};
+pub use self::{
+    channel::{Channel, ResponseBody, ResponseFuture},
+    instance::Instance,
+    status::Status,
+    watch::{InstanceChange, Watch},
+};
+pub use crate::pool::status::{Connectivity, Discovery, EndpointStatus, Status as RoleStatus};
 use crate::{
+    backoff::{Backoff, check_duration},
     error::{Error, Kind},
-    events::{Bus, Events},
-    pool::{Pool, PoolConfig, status},
+    events::{Bus, EventKind, Events},
+    pool::{Held, Pool, PoolConfig, Setup},
     registry::{Registry, session::check_role},
     transport::{Connection, Connector},
 };
@@ -54,31 +64,35 @@ pub struct Builder {
     registry: Arc<dyn Registry>,
     pools: PoolConfig,
     connector: Connector,
-}
-
-/// A picture of all that a manager manages, in the order of the roles' names.
-///
-/// Its `Display` is a table for a terminal.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct Status {
-    /// A pool's status for each role that was asked for.
-    pub roles: Vec<status::Status>,
-    /// Whether the manager was stopped.
-    pub stopped: bool,
+    idle_after: Option<Duration>,
 }
 
 struct Inner {
     config: PoolConfig,
     connector: Connector,
-    bus: Bus,
+    idle_after: Option<Duration>,
     roles: Mutex<Roles>,
 }
 
 struct Roles {
-    pools: BTreeMap<String, Pool<Connection>>,
+    known: BTreeMap<String, Role>,
+    /// Their pools are finishing the calls in flight.
+    released: Vec<Pool<Connection>>,
     /// None once it was stopped.
-    registry: Option<Arc<dyn Registry>>,
+    open: Option<Open>,
+}
+
+/// What a manager has until it is stopped.
+#[derive(Clone)]
+struct Open {
+    registry: Arc<dyn Registry>,
+    bus: Bus,
+}
+
+struct Role {
+    pool: Pool<Connection>,
+    /// It is depended on, and so never idle.
+    depended_on: Option<Held>,
 }
 
 // === impl ConnectionManager ===
@@ -90,6 +104,7 @@ impl ConnectionManager {
             registry: Arc::new(registry),
             pools: PoolConfig::default(),
             connector: Connector::new(),
+            idle_after: None,
         }
     }
 
@@ -111,91 +126,135 @@ impl ConnectionManager {
     /// [`Kind::Invalid`] for a role that is not 1 to 128 of `A-Z a-z 0-9 . _ -`, or outside a tokio
     /// runtime; [`Kind::Stopped`] after [`ConnectionManager::stop`].
     pub fn try_channel(&self, role: &str) -> Result<Channel, Error> {
-        check_role(role)?;
-        // The registry may be a user's own, and ask this manager: not under the lock.
-        let registry = {
-            let roles = self.inner.lock();
-            match (&roles.registry, roles.pools.get(role)) {
-                (None, _) => return Err(Error::new(Kind::Stopped).with_role(&role.into())),
-                (_, Some(pool)) if pool.is_running() => return Ok(Channel::new(pool.clone())),
-                (Some(registry), _) => registry.clone(),
-            }
-        };
-        let updates = registry.discover(role)?.updates();
-        let connector = self.inner.connector.clone();
-        let new = Pool::new(role, self.inner.config, updates, connector)?;
-        let mut roles = self.inner.lock();
-        if roles.registry.is_none() {
-            return Err(Error::new(Kind::Stopped).with_role(&role.into()));
-        }
-        // Somebody else may have been faster; a pool whose runtime has ended is replaced.
-        let pool = match roles.pools.entry(role.to_owned()) {
-            btree_map::Entry::Occupied(known) if known.get().is_running() => known.into_mut(),
-            btree_map::Entry::Occupied(mut ended) => {
-                ended.insert(new);
-                ended.into_mut()
-            }
-            btree_map::Entry::Vacant(vacant) => vacant.insert(new),
-        };
-        Ok(Channel::new(pool.clone()))
+        self.pool(role).map(Channel::new)
     }
 
-    /// Watches and connects a role in the background from here on, whether anybody calls it or not. Returns at once,
-    /// and needs nothing to be up.
+    /// Looks for a role and connects it in the background from here on, whether anybody calls it or not. Returns at
+    /// once, and needs nothing to be up. Such a role is never [idle](Builder::idle_after).
     ///
     /// # Errors
     ///
     /// As [`ConnectionManager::try_channel`].
     pub fn depends_on(&self, role: &str) -> Result<(), Error> {
-        self.try_channel(role).map(drop)
+        self.pool(role)?;
+        // Released meanwhile, it is not depended on: one of the two came first.
+        if let Some(role) = self.inner.lock().known.get_mut(role) {
+            let interest = &role.pool.shared().interest;
+            role.depended_on = Some(interest.hold());
+            interest.want();
+        }
+        Ok(())
     }
 
-    /// Waits until `n` instances of a role are ready.
+    /// Lets go of a role: it is not looked for any more, calls in flight finish within
+    /// [`PoolConfig::drain`], and later ones through channels that are still held fail with [`Kind::Stopped`], as its
+    /// watches end. Asked for again, it begins anew. Returns at once; false if the role was not asked for.
     ///
     /// # Errors
     ///
-    /// As [`ConnectionManager::try_channel`]; when they are not ready within this time, an error that says what is
-    /// missing.
+    /// [`Kind::Stopped`] after [`ConnectionManager::stop`].
+    pub fn release(&self, role: &str) -> Result<bool, Error> {
+        let mut roles = self.inner.lock();
+        let bus = match &roles.open {
+            Some(open) => open.bus.clone(),
+            None => return Err(Error::new(Kind::Stopped).with_role(&role.into())),
+        };
+        let Some(known) = roles.known.remove(role) else {
+            return Ok(false);
+        };
+        known
+            .pool
+            .end(self.inner.config.drain, Some("the role was released"));
+        bus.tell(&role.into(), EventKind::Released);
+        roles.released.retain(Pool::is_running);
+        roles.released.push(known.pool);
+        Ok(true)
+    }
+
+    /// The instances of a role that are known now, ready or not, in the order of their ids. The role is looked for
+    /// from here on, as by [`ConnectionManager::channel`]: of one that was not asked for before nothing is known yet.
+    ///
+    /// # Errors
+    ///
+    /// As [`ConnectionManager::try_channel`].
+    pub fn channels(&self, role: &str) -> Result<Vec<Instance>, Error> {
+        let pool = self.pool(role)?;
+        let status = pool.status();
+        if let Discovery::Idle = status.discovery {
+            pool.shared().interest.want();
+        }
+        let channel = Channel::new(pool);
+        let instance = |endpoint| Instance::new(endpoint, &channel);
+        Ok(status.endpoints.into_iter().filter_map(instance).collect())
+    }
+
+    /// The instances of a role as they come, change and go, beginning with those that are there; see [`Watch`]. The
+    /// role is looked for from here on, and not idle while it is watched.
+    ///
+    /// ```
+    /// use futures_util::StreamExt as _;
+    /// use switchboard::{ConnectionManager, MemoryRegistry, Session, manager::InstanceChange};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), switchboard::Error> {
+    /// let registry = MemoryRegistry::new();
+    /// let _held = registry.register(Session::new("echo", "127.0.0.1:1").with_id(7)).await?;
+    /// let manager = ConnectionManager::builder(registry).build();
+    ///
+    /// let mut seen = manager.watch("echo");
+    /// while let Some(change) = seen.next().await {
+    ///     println!("{change}");               // echo 7 at 127.0.0.1:1: added
+    ///     if let InstanceChange::Synced = change {
+    ///         manager.stop().await;
+    ///     }
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn watch(&self, role: &str) -> Watch {
+        Watch::new(self.pool(role), role)
+    }
+
+    /// Waits until `n` instances of a role are ready, and returns them, or more if more are.
+    ///
+    /// # Errors
+    ///
+    /// When `within` has passed, what is missing: [`Kind::RegistryUnreachable`] if nothing could be known,
+    /// [`Kind::NoSession`] if none is registered, [`Kind::NotConnected`] with how many are ready and what ails the
+    /// others; [`Kind::Stopped`] if the manager is stopped or the role released; else as
+    /// [`ConnectionManager::try_channel`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future changes nothing.
     pub async fn ready(
         &self,
         role: &str,
         n: usize,
-        within: std::time::Duration,
-    ) -> Result<(), Error> {
-        let channel = self.try_channel(role)?;
-        let ready = async {
-            loop {
-                let status = self.status();
-                let of_role = status.roles.iter().find(|r| &*r.role == role);
-                let ready = of_role.map_or(0, |r| {
-                    r.endpoints
-                        .iter()
-                        .filter(|e| e.state == Connectivity::Ready)
-                        .count()
-                });
-                if ready >= n {
-                    return;
-                }
-                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-            }
-        };
-        drop(channel);
-        tokio::time::timeout(within, ready)
-            .await
-            .map_err(|_| Error::new(Kind::NotConnected).with_role(&role.into()))
+        within: Duration,
+    ) -> Result<Vec<Instance>, Error> {
+        let pool = self.pool(role)?;
+        pool.shared().enough(n, within).await?;
+        let channel = Channel::new(pool.clone());
+        let endpoints = pool.status().endpoints.into_iter();
+        let instances = endpoints.filter_map(|endpoint| Instance::new(endpoint, &channel));
+        Ok(instances.filter(Instance::is_ready).collect())
     }
 
     /// What happens to this manager's connections, from here on; see [`Events`].
     pub fn events(&self) -> Events {
-        self.inner.bus.events()
+        match &self.inner.lock().open {
+            Some(open) => open.bus.events(),
+            None => Bus::new().events(),
+        }
     }
 
-    /// What it is doing at this moment.
+    /// What it is doing at this moment. Costs a walk over all instances, and holds up nobody.
     pub fn status(&self) -> Status {
         let (pools, stopped) = {
             let roles = self.inner.lock();
-            let pools: Vec<_> = roles.pools.values().cloned().collect();
-            (pools, roles.registry.is_none())
+            let pools: Vec<_> = roles.known.values().map(|role| role.pool.clone()).collect();
+            (pools, roles.open.is_none())
         };
         Status {
             roles: pools.iter().map(Pool::status).collect(),
@@ -203,21 +262,92 @@ impl ConnectionManager {
         }
     }
 
+    /// Whether it was stopped.
+    pub fn is_stopped(&self) -> bool {
+        self.inner.lock().open.is_none()
+    }
+
     /// Ends everything: calls in flight end as `CANCELLED`, later ones fail with [`Kind::Stopped`], tasks
     /// end and sockets are closed. Returns when they are, after two seconds at most. It lets go of the
     /// registry too, whose own connections end with its last handle.
+    ///
+    /// From here on every method says that it is stopped: those that can fail by [`Kind::Stopped`], streams by their
+    /// last item, and [`ConnectionManager::status`] by [`Status::stopped`].
     ///
     /// # Cancel safety
     ///
     /// Once polled the stop goes on without its waiter. Stopping twice is stopping once.
     pub async fn stop(&self) {
+        self.stop_gracefully(Duration::ZERO).await;
+    }
+
+    /// The same, but calls in flight have this long to finish; those that are not sent yet, and later ones, fail at
+    /// once. Returns when all have, after this and two seconds at most. Of several stops the one that ends first
+    /// counts.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`ConnectionManager::stop`].
+    pub async fn stop_gracefully(&self, grace: Duration) {
         let pools: Vec<_> = {
             let mut roles = self.inner.lock();
-            // With it goes what it keeps open, unless somebody else holds it too.
-            roles.registry = None;
-            roles.pools.values().cloned().collect()
+            // With it goes what the registry keeps open, unless somebody else holds it too.
+            if let Some(Open { bus, registry: _ }) = roles.open.take() {
+                bus.tell(&"".into(), EventKind::Stopped);
+            }
+            roles.released.retain(Pool::is_running);
+            let known = roles.known.values().map(|role| &role.pool);
+            known.chain(&roles.released).cloned().collect()
         };
-        join_all(pools.iter().map(Pool::stop)).await;
+        join_all(pools.iter().map(|pool| pool.stop_gracefully(grace))).await;
+    }
+
+    fn pool(&self, role: &str) -> Result<Pool<Connection>, Error> {
+        check_role(role)?;
+        // The registry may be a user's own, and ask this manager: not under the lock.
+        let Open { registry, bus } = {
+            let roles = self.inner.lock();
+            match (&roles.open, roles.known.get(role)) {
+                (None, _) => return Err(Error::new(Kind::Stopped).with_role(&role.into())),
+                (_, Some(known)) if known.pool.is_running() => return Ok(known.pool.clone()),
+                (Some(open), _) => open.clone(),
+            }
+        };
+        // What cannot be is said here and now; after it was idle, the role is asked for again.
+        let mut first = Some(registry.discover(role)?);
+        let name = role.to_owned();
+        let source = move || match first.take() {
+            Some(first) => Ok(Some(first.updates())),
+            None => registry.discover(&name).map(|again| Some(again.updates())),
+        };
+        let setup = Setup {
+            bus,
+            idle_after: self.inner.idle_after,
+        };
+        let connector = self.inner.connector.clone();
+        let new = Pool::with(role, self.inner.config, setup, source, connector)?;
+        let mut roles = self.inner.lock();
+        if roles.open.is_none() {
+            return Err(Error::new(Kind::Stopped).with_role(&role.into()));
+        }
+        // Somebody else may have been faster; a pool whose runtime has ended is replaced.
+        let known = match roles.known.entry(role.to_owned()) {
+            btree_map::Entry::Occupied(known) if known.get().pool.is_running() => known.into_mut(),
+            btree_map::Entry::Occupied(mut ended) => {
+                let depended_on = ended.get().depended_on.is_some();
+                let depended_on = depended_on.then(|| new.shared().interest.hold());
+                ended.insert(Role {
+                    pool: new,
+                    depended_on,
+                });
+                ended.into_mut()
+            }
+            btree_map::Entry::Vacant(vacant) => vacant.insert(Role {
+                pool: new,
+                depended_on: None,
+            }),
+        };
+        Ok(known.pool.clone())
     }
 }
 
@@ -225,8 +355,8 @@ impl fmt::Debug for ConnectionManager {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let roles = self.inner.lock();
         f.debug_struct("ConnectionManager")
-            .field("registry", &roles.registry)
-            .field("roles", &roles.pools.keys())
+            .field("registry", &roles.open.as_ref().map(|open| &open.registry))
+            .field("roles", &roles.known.keys())
             .finish_non_exhaustive()
     }
 }
@@ -259,6 +389,25 @@ impl Builder {
         self
     }
 
+    /// Lets go of the connections of a role that nobody has used for this long, and of its watch on the registry; the
+    /// next call, or whoever else asks for it, brings them back, and waits for that as for a first connection. Default
+    /// `None`: never. 1 s to 1 day.
+    ///
+    /// A role is in use while a call is in flight or waits, while somebody [watches](ConnectionManager::watch) it, and
+    /// if it is [depended on](ConnectionManager::depends_on); to hold a channel is not to use it. That nobody does is
+    /// found out a quarter of this time late at most.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`] outside these bounds.
+    pub fn idle_after(mut self, quiet: Option<Duration>) -> Result<Self, Error> {
+        if let Some(quiet) = quiet {
+            check_duration("idle time", quiet, Duration::from_secs(1), Backoff::LONGEST)?;
+        }
+        self.idle_after = quiet;
+        Ok(self)
+    }
+
     /// The manager. No I/O, and nothing has to be up.
     #[must_use]
     pub fn build(self) -> ConnectionManager {
@@ -266,27 +415,16 @@ impl Builder {
             inner: Arc::new(Inner {
                 config: self.pools,
                 connector: self.connector,
-                bus: Bus::new(),
+                idle_after: self.idle_after,
                 roles: Mutex::new(Roles {
-                    pools: BTreeMap::new(),
-                    registry: Some(self.registry),
+                    known: BTreeMap::new(),
+                    released: Vec::new(),
+                    open: Some(Open {
+                        registry: self.registry,
+                        bus: Bus::new(),
+                    }),
                 }),
             }),
         }
-    }
-}
-
-impl fmt::Display for Status {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.stopped {
-            f.write_str("stopped\n")?;
-        }
-        if self.roles.is_empty() && !self.stopped {
-            f.write_str("no role was asked for yet\n")?;
-        }
-        for role in &self.roles {
-            role.fmt(f)?;
-        }
-        Ok(())
     }
 }

@@ -32,7 +32,7 @@ impl<T: Clone> ChunkedVec<T> {
         self.chunks.get(index / CHUNK)?.get(index % CHUNK)
     }
 
-    #[cfg(any(test, feature = "etcd"))]
+    #[cfg(any(test, feature = "manager", feature = "etcd"))]
     pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
         self.chunks.iter().flat_map(|chunk| chunk.iter())
     }
@@ -83,7 +83,9 @@ impl<T> Clone for ChunkedVec<T> {
     }
 }
 
-type Bucket<V> = Arc<Vec<(Arc<str>, V)>>;
+pub(super) type Bucket<V> = Arc<Vec<(Arc<str>, V)>>;
+#[cfg(feature = "manager")]
+pub(super) type WeakBucket<V> = std::sync::Weak<Vec<(Arc<str>, V)>>;
 
 /// A map from ids in hash buckets of about 64, doubled when they fill up.
 pub(crate) struct IdMap<V> {
@@ -111,6 +113,12 @@ impl<V: Clone> IdMap<V> {
             .iter()
             .find(|(known, _)| &**known == id)
             .map(|(_, value)| value)
+    }
+
+    /// All buckets: one that is the same allocation as in an earlier map has the same in it.
+    #[cfg(feature = "manager")]
+    pub(super) fn buckets(&self) -> &[Bucket<V>] {
+        &self.buckets
     }
 
     pub(crate) fn values(&self) -> impl Iterator<Item = &V> {

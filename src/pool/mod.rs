@@ -23,8 +23,12 @@
 //! ```
 
 mod body;
+#[cfg(feature = "manager")]
+pub(crate) mod changes;
 mod chunked;
 mod driver;
+#[cfg(feature = "manager")]
+mod enough;
 mod pick;
 mod protocol;
 mod service;
@@ -42,6 +46,8 @@ use tokio::{
 };
 use tower::discover::Discover;
 
+#[cfg(feature = "manager")]
+pub(crate) use self::service::{Held, WeakPool};
 pub use self::{
     body::Body,
     protocol::{Call, Http, InstanceId, Options, Plain, Protocol, WaitForReady},
@@ -57,6 +63,7 @@ use crate::{
     discover::{FromTower, Update},
     endpoint::{BoxError, Connect, Dialing, Provided, Target, UseProvided},
     error::{Error, Kind},
+    events::Bus,
 };
 
 /// How a pool's endpoints dial, and how long its calls wait.
@@ -77,15 +84,34 @@ pub struct PoolConfig {
     attempts: u32,
     backoff: Backoff,
     probe: Option<Backoff>,
-    drain: Duration,
+    pub(crate) drain: Duration,
+    max_dials: usize,
     pub(crate) max_wait: Duration,
     pub(crate) wait_for_ready: bool,
+}
+
+/// What a pool of a manager has that others do without.
+#[derive(Clone, Debug)]
+pub(crate) struct Setup {
+    /// Where its events are told.
+    pub(crate) bus: Bus,
+    /// How long nobody uses it until it closes its connections.
+    pub(crate) idle_after: Option<Duration>,
+}
+
+/// The end of a pool, as ordered.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct End {
+    /// Until when calls in flight may go on.
+    by: time::Instant,
+    /// What calls hear that come later.
+    why: Option<&'static str>,
 }
 
 /// The handle on a pool's driver: dropping it ends the driver and all that it spawned.
 pub(crate) struct Handle {
     runtime: runtime::Handle,
-    stop: watch::Sender<bool>,
+    end: watch::Sender<Option<End>>,
     ended: watch::Receiver<()>,
     task: tokio::task::AbortHandle,
 }
@@ -147,6 +173,25 @@ impl PoolConfig {
         Ok(self)
     }
 
+    /// How many endpoints of a pool may be dialling at once; the others wait for their turn, and their attempt's time
+    /// begins with it. Default 64; 1 to 10,000.
+    ///
+    /// It keeps thousands of handshakes from going on at the same moment. A dial that has gone unanswered for
+    /// 500 ms costs nothing but its socket and does not count any longer, so that peers that are silent do not hold
+    /// up those that answer: however many they are, 128 a second have their turn.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`] outside these bounds.
+    pub fn max_dials(mut self, dials: usize) -> Result<Self, Error> {
+        if !(1..=10_000).contains(&dials) {
+            let why = format!("{dials} is not between 1 and 10,000");
+            return Err(Error::invalid("dials at once", why));
+        }
+        self.max_dials = dials;
+        Ok(self)
+    }
+
     /// How long a call waits for a ready endpoint when its own deadline is later, or missing. Default
     /// 30 s; up to one day. Zero means that no call ever waits.
     ///
@@ -184,6 +229,7 @@ impl Default for PoolConfig {
             backoff: Backoff::default(),
             probe: Backoff::constant(Duration::from_secs(30), 0.2).ok(),
             drain: Duration::from_secs(30),
+            max_dials: 64,
             max_wait: Duration::from_secs(30),
             wait_for_ready: false,
         }
@@ -214,6 +260,29 @@ where
         T: Target,
         C: Connect<T, Service = S>,
     {
+        let setup = Setup {
+            bus: Bus::new(),
+            idle_after: None,
+        };
+        let mut once = Some(updates);
+        let source = move || Ok(once.take());
+        Self::with(role, config, setup, source, connect)
+    }
+
+    /// The same over a source that is begun again after the pool was idle; `None` is its end.
+    pub(crate) fn with<K, T, C, U>(
+        role: impl Into<Arc<str>>,
+        config: PoolConfig,
+        setup: Setup,
+        source: impl FnMut() -> Result<Option<U>, Error> + Send + 'static,
+        connect: C,
+    ) -> Result<Self, Error>
+    where
+        K: Hash + Eq + Send + 'static,
+        T: Target,
+        C: Connect<T, Service = S>,
+        U: Stream<Item = Update<K, Arc<T>>> + Send + 'static,
+    {
         let runtime = runtime::Handle::try_current().map_err(|error| {
             Error::invalid("pool", "made outside a tokio runtime").with_source(error)
         })?;
@@ -225,18 +294,18 @@ where
             ));
         }
         let shared = Arc::new(Shared::new(role.into(), config));
-        let driver = Driver::new(shared.clone(), connect);
-        let (stop, stopping) = watch::channel(false);
+        let driver = Driver::new(shared.clone(), setup, connect);
+        let (end, ends) = watch::channel(None);
         let (ending, ended) = watch::channel(());
         let task = runtime.spawn(async move {
             let _ending = ending;
-            driver.run(updates, stopping).await;
+            driver.run(source, ends).await;
         });
         Ok(Self::from_inner(Inner {
             shared,
             driver: Handle {
                 runtime,
-                stop,
+                end,
                 ended,
                 task: task.abort_handle(),
             },
@@ -283,8 +352,24 @@ impl Handle {
         self.ended.has_changed().is_ok()
     }
 
-    pub(crate) async fn stop(&self) {
-        self.stop.send_replace(true);
+    /// Orders the end; of several orders the earliest counts.
+    pub(crate) fn end(&self, within: Duration, why: Option<&'static str>) {
+        // On a clock that tests can pause.
+        let _entered = self.runtime.enter();
+        let by = time::Instant::now() + within;
+        self.end.send_modify(|end| {
+            *end = Some(match *end {
+                Some(first) => End {
+                    by: by.min(first.by),
+                    ..first
+                },
+                None => End { by, why },
+            });
+        });
+    }
+
+    /// Waits for the end that was ordered.
+    pub(crate) async fn ended(&self) {
         let mut ended = self.ended.clone();
         // Nothing is ever sent: an error is the driver's end.
         let _ = ended.changed().await;

@@ -8,11 +8,19 @@ use std::{
     future::Future,
     marker::PhantomData,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, Waker, ready},
+    time::Duration,
 };
 
+#[cfg(feature = "manager")]
+use std::sync::Weak;
+
 use arc_swap::ArcSwap;
+use futures_util::FutureExt as _;
 use pin_project_lite::pin_project;
 use tokio::sync::Notify;
 use tower_service::Service;
@@ -51,6 +59,13 @@ pub struct Pool<S, P = Http> {
     protocol: PhantomData<fn() -> P>,
 }
 
+/// A pool, if it is still there.
+#[cfg(feature = "manager")]
+pub(crate) struct WeakPool<S, P = Http> {
+    inner: Weak<Inner<S>>,
+    protocol: PhantomData<fn() -> P>,
+}
+
 /// What all clones of a pool share. Dropping it ends the driver.
 pub(super) struct Inner<S> {
     pub(super) shared: Arc<Shared<S>>,
@@ -64,6 +79,23 @@ pub(crate) struct Shared<S> {
     pub(crate) snapshot: ArcSwap<Snapshot<S>>,
     /// Woken, all of it, after each new snapshot.
     pub(crate) changed: Arc<Notify>,
+    pub(crate) interest: Interest,
+    /// Whether it ends because nobody holds it any more.
+    pub(crate) let_go: AtomicBool,
+}
+
+/// Who has an interest in a pool, beside the calls that are in flight: while there is anybody it is not idle.
+#[derive(Debug)]
+pub(crate) struct Interest {
+    /// Keeps a permit: whoever is interested in a pool that is about to be idle is not missed.
+    wanted: Notify,
+    held: Arc<()>,
+}
+
+/// An interest, until it is dropped.
+#[derive(Clone, Debug)]
+pub(crate) struct Held {
+    _held: Arc<()>,
 }
 
 pin_project! {
@@ -132,7 +164,35 @@ impl<S, P> Pool<S, P> {
     ///
     /// Cancel safe: the stop goes on without its waiter. Stopping twice is stopping once.
     pub async fn stop(&self) {
-        self.inner.driver.stop().await;
+        self.stop_gracefully(Duration::ZERO).await;
+    }
+
+    /// The same, giving calls in flight this long to finish; calls that wait, and later ones, fail at once.
+    ///
+    /// Cancel safe. Of several stops the one that ends first counts.
+    pub async fn stop_gracefully(&self, grace: Duration) {
+        self.inner.driver.end(grace, None);
+        self.inner.driver.ended().await;
+    }
+
+    /// Orders its end without waiting for it; `why` is what later calls hear.
+    #[cfg(feature = "manager")]
+    pub(crate) fn end(&self, grace: Duration, why: Option<&'static str>) {
+        self.inner.driver.end(grace, why);
+    }
+
+    #[cfg(feature = "manager")]
+    pub(crate) fn shared(&self) -> &Arc<Shared<S>> {
+        &self.inner.shared
+    }
+
+    /// A handle that does not keep it alive.
+    #[cfg(feature = "manager")]
+    pub(crate) fn downgrade(&self) -> WeakPool<S, P> {
+        WeakPool {
+            inner: Arc::downgrade(&self.inner),
+            protocol: PhantomData,
+        }
     }
 
     /// Whether it can still serve: neither was it stopped, nor has its runtime ended.
@@ -189,7 +249,7 @@ where
             match service.poll_ready(&mut Context::from_waker(Waker::noop())) {
                 Poll::Ready(Ok(())) => {
                     let call = Call {
-                        guard: ready.load.acquire(),
+                        guard: ready.acquire(),
                     };
                     return ResponseFuture::new(State::Calling {
                         response: service.call(request),
@@ -227,6 +287,28 @@ impl<S, P> fmt::Debug for Pool<S, P> {
     }
 }
 
+// === impl WeakPool ===
+
+#[cfg(feature = "manager")]
+impl<S, P> WeakPool<S, P> {
+    pub(crate) fn upgrade(&self) -> Option<Pool<S, P>> {
+        Some(Pool {
+            inner: self.inner.upgrade()?,
+            pinned: None,
+            protocol: PhantomData,
+        })
+    }
+}
+
+// === impl Inner ===
+
+impl<S> Drop for Inner<S> {
+    fn drop(&mut self) {
+        // For those who only watch. Before the driver's handle, which is dropped next, and whose abort synchronizes.
+        self.shared.let_go.store(true, Ordering::Relaxed);
+    }
+}
+
 // === impl Shared ===
 
 impl<S> Shared<S> {
@@ -236,7 +318,40 @@ impl<S> Shared<S> {
             config,
             snapshot: ArcSwap::from_pointee(Snapshot::empty()),
             changed: Arc::new(Notify::new()),
+            let_go: AtomicBool::new(false),
+            interest: Interest {
+                wanted: Notify::new(),
+                held: Arc::default(),
+            },
         }
+    }
+}
+
+// === impl Interest ===
+
+impl Interest {
+    /// From here on the pool does not become idle; if it is, [`Interest::want`] wakes it.
+    pub(crate) fn hold(&self) -> Held {
+        Held {
+            _held: self.held.clone(),
+        }
+    }
+
+    /// Wakes the pool if it is idle, or about to be.
+    pub(crate) fn want(&self) {
+        self.wanted.notify_one();
+    }
+
+    /// Until somebody wants it. A `want` from before counts as well, unless it was [forgotten](Interest::forget).
+    pub(super) async fn wanted(&self) {
+        self.wanted.notified().await;
+    }
+
+    /// Forgets who wanted it, and tells whether anybody holds it. In this order: whoever holds it first and wants it
+    /// then is either seen here, or its wanting is kept.
+    pub(super) fn forget(&self) -> bool {
+        let _ = self.wanted.notified().now_or_never();
+        Arc::strong_count(&self.held) > 1
     }
 }
 

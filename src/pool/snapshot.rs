@@ -32,6 +32,8 @@ pub(crate) struct Snapshot<S> {
 pub(crate) enum Resolution {
     /// Nothing yet: calls wait.
     Pending,
+    /// Nobody has used it for long: it knows nobody, and whoever meets this wakes it and waits.
+    Idle,
     /// It failed before it ever answered: calls fail, saying so.
     Failed(SharedError),
     /// It has answered. `stale` since then and because of that, if it is failing now.
@@ -62,6 +64,8 @@ pub(crate) struct State {
     pub(crate) phase: Phase,
     pub(crate) since: SystemTime,
     pub(crate) attempts: u32,
+    /// When the next attempt begins, if the registry says nothing before; none is under way then.
+    pub(crate) next: Option<SystemTime>,
     /// The last failure, kept until the endpoint has been connected for a while.
     pub(crate) last_error: Option<(Instant, SharedError)>,
 }
@@ -186,11 +190,20 @@ impl<S> Clone for Entry<S> {
 // === impl State ===
 
 impl State {
+    /// In this phase from now on, if it is not already.
+    pub(crate) fn enter(&mut self, phase: Phase) {
+        if self.phase != phase {
+            self.phase = phase;
+            self.since = SystemTime::now();
+        }
+    }
+
     pub(crate) fn new(phase: Phase) -> Self {
         Self {
             phase,
             since: SystemTime::now(),
             attempts: 0,
+            next: None,
             last_error: None,
         }
     }

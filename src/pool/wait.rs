@@ -15,7 +15,7 @@ use tower_service::Service;
 
 use super::{
     protocol::{Call, InstanceId},
-    service::{Inner, Shared},
+    service::{Held, Inner, Shared},
     snapshot::{Phase, Resolution, Snapshot},
 };
 use crate::{
@@ -36,6 +36,8 @@ pub(super) struct Slow<S, Req> {
     candidates: Vec<Candidate<S>>,
     changed: Pin<Box<OwnedNotified>>,
     time_up: Pin<Box<Sleep>>,
+    /// A pool that somebody waits for is not idle.
+    _held: Held,
 }
 
 /// An endpoint whose service was not ready at the last look.
@@ -67,8 +69,9 @@ impl<S, Req> Slow<S, Req> {
             patient: wait_for_ready.unwrap_or(config.wait_for_ready),
             request: Some(request),
             candidates: Vec::new(),
-            changed: inner.shared.interest(),
+            changed: inner.shared.next_change(),
             time_up: inner.driver.sleep(config.max_wait),
+            _held: inner.shared.interest.hold(),
         }
     }
 
@@ -128,7 +131,7 @@ where
                             return Poll::Ready(Err(polled_again()));
                         };
                         let call = Call {
-                            guard: candidate.ready.load.acquire(),
+                            guard: candidate.ready.acquire(),
                         };
                         return Poll::Ready(Ok((candidate.service.call(request), call)));
                     }
@@ -149,7 +152,7 @@ where
                 return Poll::Ready(Err(self.waited()));
             }
             ready!(self.changed.as_mut().poll(cx));
-            self.changed = self.inner.shared.interest();
+            self.changed = self.inner.shared.next_change();
             self.candidates.clear();
         }
     }
@@ -164,7 +167,7 @@ pub(super) fn polled_again() -> Error {
 
 impl<S> Shared<S> {
     /// Registers interest in the next snapshot: from here on none is missed, even before the first poll.
-    fn interest(&self) -> Pin<Box<OwnedNotified>> {
+    pub(crate) fn next_change(&self) -> Pin<Box<OwnedNotified>> {
         let mut changed = Box::pin(self.changed.clone().notified_owned());
         changed.as_mut().enable();
         changed
@@ -186,6 +189,11 @@ impl<S> Shared<S> {
                 });
             }
             Resolution::Pending => return Unpicked::Wait,
+            // As before its first resolution.
+            Resolution::Idle => {
+                self.interest.want();
+                return Unpicked::Wait;
+            }
             Resolution::Failed(why) => {
                 Error::new(Kind::RegistryUnreachable).with_shared_source(why.clone())
             }
@@ -218,7 +226,9 @@ impl<S> Shared<S> {
         let waited = format!("no endpoint was ready within {:?}", self.config.max_wait);
         match self.unpicked(snapshot, pinned, false) {
             Unpicked::Fail(error) => error,
-            Unpicked::Wait if matches!(snapshot.resolution, Resolution::Pending) => {
+            Unpicked::Wait
+                if matches!(snapshot.resolution, Resolution::Pending | Resolution::Idle) =>
+            {
                 Error::new(Kind::RegistryUnreachable).with_reason(waited)
             }
             Unpicked::Wait if snapshot.all.len() > 0 => {

@@ -1,6 +1,10 @@
 //! What a pool is doing, to be looked at.
 
-use std::{fmt, sync::Arc, time::SystemTime};
+#[cfg(feature = "registry")]
+mod json;
+mod table;
+
+use std::{sync::Arc, time::SystemTime};
 
 use super::{
     Pool,
@@ -8,10 +12,10 @@ use super::{
 };
 use crate::{
     endpoint::Target,
-    error::{Brief, Peer, SharedError},
+    error::{Peer, SharedError},
 };
 
-/// A picture of one pool.
+/// A picture of one pool. Its `Display` is a table for a terminal, its `Serialize` (feature `registry`) for programs.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Status {
@@ -29,6 +33,8 @@ pub struct Status {
 pub enum Discovery {
     /// It has not answered yet.
     Pending,
+    /// Nobody has used the role for long, so it is not looked for until somebody does.
+    Idle,
     /// It has never answered, because of this.
     Failed(SharedError),
     /// It is up to date.
@@ -60,6 +66,9 @@ pub struct EndpointStatus {
     pub in_flight: usize,
     /// Failed attempts in a row.
     pub attempts: u32,
+    /// When it is tried next, if the registry says nothing before; `None` while it is tried, or is connected, or
+    /// only the registry's next word counts.
+    pub next_attempt: Option<SystemTime>,
     /// Why the last one failed, or why its connection was lost; kept until it is connected again.
     pub last_error: Option<SharedError>,
 }
@@ -98,6 +107,7 @@ impl<S, P> Pool<S, P> {
             role: self.role_arc(),
             discovery: match &snapshot.resolution {
                 Resolution::Pending => Discovery::Pending,
+                Resolution::Idle => Discovery::Idle,
                 Resolution::Failed(why) => Discovery::Failed(why.clone()),
                 Resolution::Known { stale: None } => Discovery::Fresh,
                 Resolution::Known { stale: Some(stale) } => Discovery::Stale {
@@ -114,21 +124,15 @@ impl<S, P> Pool<S, P> {
 // === impl EndpointStatus ===
 
 impl EndpointStatus {
-    fn of<S>(entry: &Entry<S>) -> Self {
+    pub(crate) fn of<S>(entry: &Entry<S>) -> Self {
         Self {
             peer: entry.target.peer().clone(),
             target: entry.target.clone(),
-            state: match entry.state.phase {
-                Phase::Connecting => Connectivity::Connecting,
-                Phase::Ready if entry.target.stopping() => Connectivity::Stopping,
-                Phase::Ready => Connectivity::Ready,
-                Phase::Retrying => Connectivity::Retrying,
-                Phase::Offline => Connectivity::Offline,
-                Phase::Barred => Connectivity::Barred,
-            },
+            state: Connectivity::of(entry),
             since: entry.state.since,
             in_flight: entry.ready.as_ref().map_or(0, |ready| ready.load.current()),
             attempts: entry.state.attempts,
+            next_attempt: entry.state.next,
             last_error: match entry.target.barred() {
                 Some(why) => Some(Arc::new(why)),
                 None => entry.state.last_error.as_ref().map(|(_, why)| why.clone()),
@@ -137,91 +141,38 @@ impl EndpointStatus {
     }
 }
 
-// === impl Display ===
+// === impl Status ===
 
-impl fmt::Display for Status {
-    /// A table, a line for each endpoint.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ready = self
-            .endpoints
-            .iter()
-            .filter(|e| e.state == Connectivity::Ready);
-        let (ready, all) = (ready.count(), self.endpoints.len());
-        writeln!(
-            f,
-            "{}: {ready} of {all} ready, discovery {}",
-            self.role, self.discovery
-        )?;
-        let width = |of: fn(&EndpointStatus) -> usize, least: usize| {
-            self.endpoints.iter().map(of).max().unwrap_or(0).max(least)
-        };
-        let id = width(|e| e.peer.id.len(), "id".len());
-        let address = width(|e| e.peer.address.len(), "address".len());
-        if all > 0 {
-            writeln!(
-                f,
-                "  {:id$}  {:address$}  {:10}  {:>6}  {:>9}  last error",
-                "id", "address", "state", "since", "in flight"
-            )?;
-        }
-        for endpoint in &self.endpoints {
-            write!(
-                f,
-                "  {:id$}  {:address$}  {:10}  {:>6}  {:>9}  ",
-                endpoint.peer.id,
-                endpoint.peer.address,
-                endpoint.state.to_string(),
-                Age(endpoint.since).to_string(),
-                endpoint.in_flight,
-            )?;
-            match (&endpoint.last_error, endpoint.attempts) {
-                (None, _) => writeln!(f, "-")?,
-                (Some(why), 0) => writeln!(f, "{}", Brief(&**why))?,
-                (Some(why), 1) => writeln!(f, "{} (1 attempt)", Brief(&**why))?,
-                (Some(why), n) => writeln!(f, "{} ({n} attempts)", Brief(&**why))?,
-            }
-        }
-        Ok(())
+impl Status {
+    /// How many endpoints are ready.
+    pub fn ready(&self) -> usize {
+        let ready = |e: &&EndpointStatus| e.state == Connectivity::Ready;
+        self.endpoints.iter().filter(ready).count()
     }
 }
 
-impl fmt::Display for Discovery {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+// === impl Connectivity ===
+
+impl Connectivity {
+    fn word(self) -> &'static str {
         match self {
-            Self::Pending => f.write_str("pending"),
-            Self::Failed(why) => write!(f, "failed: {why}"),
-            Self::Fresh => f.write_str("fresh"),
-            Self::Stale { since, why } => write!(f, "stale for {}: {why}", Age(*since)),
-            Self::Stopped => f.write_str("stopped"),
-        }
-    }
-}
-
-impl fmt::Display for Connectivity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
             Self::Connecting => "connecting",
             Self::Ready => "ready",
             Self::Stopping => "stopping",
             Self::Retrying => "retrying",
             Self::Offline => "offline",
             Self::Barred => "barred",
-        })
+        }
     }
-}
 
-/// How long ago, in the one unit that matters.
-struct Age(SystemTime);
-
-impl fmt::Display for Age {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // A clock that was set back makes it zero.
-        let age = self.0.elapsed().unwrap_or_default();
-        match age.as_secs() {
-            0 => write!(f, "{}ms", age.as_millis()),
-            s @ 1..=119 => write!(f, "{s}s"),
-            s @ 120..=7199 => write!(f, "{}m", s / 60),
-            s => write!(f, "{}h", s / 3600),
+    pub(crate) fn of<S>(entry: &Entry<S>) -> Self {
+        match entry.state.phase {
+            Phase::Connecting => Self::Connecting,
+            Phase::Ready if entry.target.stopping() => Self::Stopping,
+            Phase::Ready => Self::Ready,
+            Phase::Retrying => Self::Retrying,
+            Phase::Offline => Self::Offline,
+            Phase::Barred => Self::Barred,
         }
     }
 }

@@ -1,11 +1,14 @@
 //! The writing half of a pool: one task that takes in what discovery and the endpoints say, and stores
 //! one snapshot for all that came in together.
 
+mod end;
+mod idle;
+
 use std::{
     collections::HashMap,
     hash::Hash,
     panic::{self, AssertUnwindSafe},
-    pin::pin,
+    pin::Pin,
     sync::Arc,
     thread,
     time::{Instant, SystemTime},
@@ -14,12 +17,13 @@ use std::{
 use futures_core::Stream;
 use futures_util::{FutureExt as _, StreamExt as _};
 use tokio::{
-    sync::{Notify, mpsc, watch},
+    sync::{Notify, Semaphore, mpsc, watch},
     task::JoinSet,
-    time,
 };
 
+use self::idle::Sweeps;
 use super::{
+    End, Setup,
     service::Shared,
     snapshot::{Entry, Phase, Resolution, Snapshot, Stale, State},
 };
@@ -30,7 +34,8 @@ use crate::{
         ready::Ready,
         task::{Command, Endpoint, Event},
     },
-    error::{BoxError, Kind, SharedError},
+    error::{BoxError, Error, Kind, SharedError},
+    events::EventKind,
 };
 
 /// How much is taken in before a snapshot is stored, so that a flood delays what came before it by
@@ -39,7 +44,9 @@ const BATCH: usize = 1024;
 
 pub(super) struct Driver<K, T, C: Connect<T>> {
     shared: Arc<Shared<C::Service>>,
+    setup: Setup,
     connect: Arc<C>,
+    dials: Arc<Semaphore>,
     /// The next snapshot, in the making.
     next: Snapshot<C::Service>,
     dirty: bool,
@@ -55,7 +62,12 @@ pub(super) struct Driver<K, T, C: Connect<T>> {
     tasks: JoinSet<()>,
     /// Those whose sessions are gone and that are finishing their calls; `stop` ends them too.
     draining: Vec<Task>,
+    /// Since when discovery fails.
+    failing_since: Option<Instant>,
 }
+
+/// What discovery says, while it says something.
+type Updates<K, T> = Option<Pin<Box<dyn Stream<Item = Update<K, Arc<T>>> + Send>>>;
 
 /// An endpoint as its driver knows it.
 struct Known<T, S> {
@@ -66,6 +78,8 @@ struct Known<T, S> {
     index: Option<usize>,
     /// Whether it is among those that calls wait for.
     awaited: bool,
+    /// Since when it has not been connected, if it ever was.
+    lost: Option<Instant>,
     /// None while it is barred.
     task: Option<Task>,
 }
@@ -81,10 +95,12 @@ where
     T: Target,
     C: Connect<T>,
 {
-    pub(super) fn new(shared: Arc<Shared<C::Service>>, connect: C) -> Self {
+    pub(super) fn new(shared: Arc<Shared<C::Service>>, setup: Setup, connect: C) -> Self {
         let (events_tx, events) = mpsc::unbounded_channel();
         Self {
+            dials: Arc::new(Semaphore::new(shared.config.max_dials)),
             shared,
+            setup,
             connect: Arc::new(connect),
             next: Snapshot::empty(),
             dirty: false,
@@ -97,29 +113,44 @@ where
             events_tx,
             tasks: JoinSet::new(),
             draining: Vec::new(),
+            failing_since: None,
         }
     }
 
-    /// Runs until `stop` says so, or until it is dropped with all it spawned.
-    pub(super) async fn run(
+    /// Runs until `ends` says so, or until it is dropped with all it spawned.
+    pub(super) async fn run<U>(
         mut self,
-        updates: impl Stream<Item = Update<K, Arc<T>>>,
-        mut stop: watch::Receiver<bool>,
-    ) {
-        // A user's stream that panics ends, as far as this task is concerned; what it said stays true.
-        let mut updates = pin!(updates);
-        let mut over = false;
+        mut source: impl FnMut() -> Result<Option<U>, Error>,
+        mut ends: watch::Receiver<Option<End>>,
+    ) where
+        U: Stream<Item = Update<K, Arc<T>>> + Send + 'static,
+    {
+        self.tell(EventKind::Watching);
+        let mut updates = self.begin(&mut source);
+        let mut sweeps = Sweeps::new(self.setup.idle_after);
+        self.publish();
         loop {
             // Whichever has something; then all that is there besides, up to a bound for each, and one
             // snapshot.
             tokio::select! {
                 biased;
-                _ = stop.wait_for(|stop| *stop) => break,
+                _ = ends.wait_for(Option::is_some) => break,
                 Some((key, event)) = self.events.recv() => self.on_event(key, event),
-                update = AssertUnwindSafe(updates.next()).catch_unwind(), if !over => {
-                    over = !self.on_update(update);
-                }
+                update = next(&mut updates) => self.on_update(&mut updates, update),
                 Some(_) = self.tasks.join_next() => {}
+                // Idle => Pending
+                () = self.shared.interest.wanted(), if self.is_idle() => {
+                    self.tell(EventKind::Woken);
+                    updates = self.begin(&mut source);
+                    sweeps.reset();
+                }
+                // Pending, Failed, Known => Idle
+                () = sweeps.due(), if !self.is_idle() => {
+                    if sweeps.quiet(self.was_used()) {
+                        updates = None;
+                        self.become_idle();
+                    }
+                }
             }
             while self.tasks.try_join_next().is_some() {}
             let (mut events, mut changes) = (BATCH, BATCH);
@@ -130,12 +161,9 @@ where
                 events -= 1;
             }
             while changes > 0
-                && !over
-                && let Some(update) = AssertUnwindSafe(updates.next())
-                    .catch_unwind()
-                    .now_or_never()
+                && let Some(update) = next(&mut updates).now_or_never()
             {
-                over = !self.on_update(update);
+                self.on_update(&mut updates, update);
                 changes -= 1;
             }
             self.publish();
@@ -143,19 +171,40 @@ where
                 tokio::task::yield_now().await;
             }
         }
-        self.stop().await;
+        self.end(ends).await;
     }
 
-    async fn stop(mut self) {
-        self.stopped = true;
-        self.close(&Command::Close(Kind::Stopped, None));
-        let ended = async { while self.tasks.join_next().await.is_some() {} };
-        // Dropping the set aborts what is left.
-        let _ = time::timeout(time::Duration::from_secs(2), ended).await;
+    /// Begins to listen to discovery, for the first time or after it was idle.
+    fn begin<U>(&mut self, source: &mut impl FnMut() -> Result<Option<U>, Error>) -> Updates<K, T>
+    where
+        U: Stream<Item = Update<K, Arc<T>>> + Send + 'static,
+    {
+        self.next.resolution = Resolution::Pending;
+        self.dirty = true;
+        // A user's registry may panic.
+        match panic::catch_unwind(AssertUnwindSafe(source)) {
+            Ok(Ok(Some(updates))) => Some(Box::pin(updates)),
+            Ok(Ok(None)) => {
+                self.over();
+                None
+            }
+            Ok(Err(error)) => {
+                self.stale(Arc::new(error));
+                None
+            }
+            Err(_panic) => {
+                self.stale(panicked("the registry panicked when asked for the role"));
+                None
+            }
+        }
     }
 
-    /// False when there is nothing more to come.
-    fn on_update(&mut self, update: thread::Result<Option<Update<K, Arc<T>>>>) -> bool {
+    /// Takes in what discovery said; `updates` becomes none when there is nothing more to come.
+    fn on_update(
+        &mut self,
+        updates: &mut Updates<K, T>,
+        update: thread::Result<Option<Update<K, Arc<T>>>>,
+    ) {
         match update {
             Ok(Some(Update::Change(Change::Insert(key, target)))) => {
                 // Asked once here, where it may panic: a bug in one target is not the others' end.
@@ -173,38 +222,48 @@ where
                 }
             }
             Ok(Some(Update::Change(Change::Remove(key)))) => self.remove(&key),
-            Ok(Some(Update::Synced)) => {
-                self.next.resolution = Resolution::Known { stale: None };
-                self.dirty = true;
-            }
+            Ok(Some(Update::Synced)) => self.synced(),
             Ok(Some(Update::Stale(why))) => self.stale(why),
             // The end: what is known is all there will be.
             Ok(None) => {
-                if matches!(self.next.resolution, Resolution::Pending) {
-                    self.next.resolution = Resolution::Known { stale: None };
-                    self.dirty = true;
-                }
-                return false;
+                self.over();
+                *updates = None;
             }
+            // A user's stream that panics has ended, as far as this task is concerned; what it said stays true.
             Err(_panic) => {
-                tracing::error!(role = %self.shared.role, "the discovery stream panicked; the last known set is kept");
-                self.stale(Arc::from(BoxError::from("the discovery stream panicked")));
-                return false;
+                self.stale(panicked("the discovery stream panicked"));
+                *updates = None;
             }
         }
-        true
+    }
+
+    fn synced(&mut self) {
+        if let Resolution::Known { stale: None } = self.next.resolution {
+            return;
+        }
+        self.next.resolution = Resolution::Known { stale: None };
+        self.dirty = true;
+        let after = self.failing_since.take().map(|since| since.elapsed());
+        self.tell(EventKind::RegistryFresh { after });
+    }
+
+    fn over(&mut self) {
+        if matches!(self.next.resolution, Resolution::Pending) {
+            self.next.resolution = Resolution::Known { stale: None };
+            self.dirty = true;
+        }
     }
 
     fn stale(&mut self, why: SharedError) {
-        // Once, and not at each further attempt.
-        if !matches!(
-            self.next.resolution,
-            Resolution::Failed(_) | Resolution::Known { stale: Some(_) }
-        ) {
-            tracing::warn!(role = %self.shared.role, error = %why, "discovery failed; the last known set is kept");
+        // Told once, and not at each further attempt.
+        if self.failing_since.is_none() {
+            self.failing_since = Some(Instant::now());
+            self.tell(EventKind::RegistryStale { why: why.clone() });
         }
         self.next.resolution = match &self.next.resolution {
-            Resolution::Pending | Resolution::Failed(_) => Resolution::Failed(why),
+            Resolution::Pending | Resolution::Idle | Resolution::Failed(_) => {
+                Resolution::Failed(why)
+            }
             Resolution::Known { stale } => Resolution::Known {
                 stale: Some(Stale {
                     since: stale.as_ref().map_or_else(SystemTime::now, |s| s.since),
@@ -218,16 +277,22 @@ where
 
     fn insert(&mut self, key: K, target: Arc<T>) {
         let Some(&number) = self.by_key.get(&key) else {
+            self.tell(EventKind::Added {
+                peer: target.peer().clone(),
+            });
             return self.add(key, target);
         };
         let Some(known) = self.endpoints.get_mut(&number) else {
             return;
         };
         // The same generation: its connection stays, what is said of it changes.
-        let moved = known.target.peer().address != target.peer().address;
+        let peer = target.peer().clone();
+        let moved = known.target.peer().address != peer.address;
+        let (was_stopping, stopping) = (known.target.stopping(), target.stopping());
         if moved && known.task.is_some() {
             // The same session elsewhere: it takes new calls there, and finishes the old ones here.
-            self.leave(number, &Command::Drain);
+            self.leave(number, &Command::Drain(self.shared.config.drain));
+            self.tell(EventKind::Updated { peer });
             return self.add(key, target);
         }
         known.target = target.clone();
@@ -239,13 +304,22 @@ where
                 if let Some(ready) = known.ready.take() {
                     ready.mark_down();
                 }
+                let why = Arc::new(why);
+                self.tell(EventKind::Barred { peer, why });
             }
             // Under a new number: what its old task still has to say is not taken for the new one's.
             (None, None) => {
                 self.endpoints.remove(&number);
+                self.tell(EventKind::Updated { peer });
                 return self.add(key, target);
             }
-            (None, Some(task)) => task.nudge.notify_one(),
+            (None, Some(task)) => {
+                task.nudge.notify_one();
+                self.tell(match (was_stopping, stopping) {
+                    (false, true) => EventKind::Stopping { peer },
+                    _ => EventKind::Updated { peer },
+                });
+            }
             (Some(_), None) => {}
         }
         self.show(number);
@@ -255,9 +329,14 @@ where
         self.last_key += 1;
         let number = self.last_key;
         self.by_key.insert(key, number);
+        let peer = target.peer().clone();
         let (task, phase) = match target.barred() {
             None => (Some(self.spawn(number, &target)), Phase::Connecting),
-            Some(_) => (None, Phase::Barred),
+            Some(why) => {
+                let why = Arc::new(why);
+                self.tell(EventKind::Barred { peer, why });
+                (None, Phase::Barred)
+            }
         };
         let known = Known {
             target,
@@ -265,6 +344,7 @@ where
             ready: None,
             index: None,
             awaited: false,
+            lost: None,
             task,
         };
         *self.ids.entry(known.target.peer().id.clone()).or_default() += 1;
@@ -276,17 +356,16 @@ where
         let Some(number) = self.by_key.remove(key) else {
             return;
         };
-        let stopping = self
-            .endpoints
-            .get(&number)
-            .is_some_and(|known| known.target.stopping());
-        self.leave(
-            number,
-            &match stopping {
-                true => Command::Drain,
-                false => Command::Close(Kind::SessionDeleted, None),
-            },
-        );
+        let Some(known) = self.endpoints.get(&number) else {
+            return;
+        };
+        let how = match known.target.stopping() {
+            true => Command::Drain(self.shared.config.drain),
+            false => Command::Close(Kind::SessionDeleted, None),
+        };
+        let peer = known.target.peer().clone();
+        self.tell(EventKind::Removed { peer });
+        self.leave(number, &how);
     }
 
     /// Takes an endpoint out of everything, and has its task end as told.
@@ -295,7 +374,7 @@ where
             return;
         };
         known.end(how.clone());
-        if let Command::Drain = how {
+        if let Command::Drain(_) = how {
             self.draining.retain(|task| !task.commands.is_closed());
             self.draining.extend(known.task.take());
         } else if let Some(ready) = &known.ready {
@@ -335,50 +414,70 @@ where
         if known.task.is_none() {
             return;
         }
-        let peer = known.target.peer();
-        let now = SystemTime::now();
-        match event {
+        let peer = known.target.peer().clone();
+        let state = &mut known.state;
+        let told = match event {
             Event::Connecting { first } => {
-                let phase = if first {
-                    Phase::Connecting
-                } else {
-                    Phase::Retrying
-                };
-                if known.state.phase != phase {
-                    known.state.phase = phase;
-                    known.state.since = now;
+                state.next = None;
+                // A probe of one that is offline says nothing yet.
+                if first || state.phase != Phase::Offline {
+                    state.enter(match first {
+                        true => Phase::Connecting,
+                        false => Phase::Retrying,
+                    });
                 }
+                first.then_some(EventKind::Connecting { peer })
             }
             Event::Connected(ready) => {
-                tracing::info!(%peer, "connected");
                 known.ready = Some(ready);
-                known.state = State::new(Phase::Ready);
+                *state = State::new(Phase::Ready);
+                Some(match known.lost.take() {
+                    None => EventKind::Connected { peer },
+                    Some(lost) => EventKind::Restored {
+                        peer,
+                        after: lost.elapsed(),
+                    },
+                })
             }
             Event::Lost { why } => {
-                tracing::warn!(%peer, error = %why, "connection lost");
                 known.ready = None;
-                known.state.phase = Phase::Retrying;
-                known.state.since = now;
-                known.state.last_error = Some((Instant::now(), why));
+                known.lost = Some(Instant::now());
+                state.enter(Phase::Retrying);
+                state.last_error = Some((Instant::now(), why.clone()));
+                Some(EventKind::Lost { peer, why })
             }
             Event::Failed {
                 why,
                 attempts,
                 offline,
+                next,
             } => {
-                let phase = if offline {
-                    Phase::Offline
-                } else {
-                    Phase::Retrying
-                };
-                if known.state.phase != phase {
-                    tracing::warn!(%peer, error = %why, attempts, offline, "cannot connect");
-                    known.state.phase = phase;
-                    known.state.since = now;
-                }
-                known.state.attempts = attempts;
-                known.state.last_error = Some((Instant::now(), why));
+                let news = state.phase != Phase::Offline;
+                state.enter(match offline {
+                    true => Phase::Offline,
+                    false => Phase::Retrying,
+                });
+                state.attempts = attempts;
+                state.next = next.and_then(|next| SystemTime::now().checked_add(next));
+                state.last_error = Some((Instant::now(), why.clone()));
+                Some(match offline && news {
+                    true => EventKind::Offline {
+                        peer,
+                        attempts,
+                        next,
+                        why,
+                    },
+                    false => EventKind::AttemptFailed {
+                        peer,
+                        attempts,
+                        next,
+                        why,
+                    },
+                })
             }
+        };
+        if let Some(told) = told {
+            self.tell(told);
         }
         self.show(key);
     }
@@ -394,6 +493,7 @@ where
             events: self.events_tx.clone(),
             commands,
             nudge: nudge.clone(),
+            dials: self.dials.clone(),
             retired: Vec::new(),
         };
         self.tasks.spawn(endpoint.supervise());
@@ -449,50 +549,23 @@ where
             moved.index = Some(index);
         }
     }
-
-    fn publish(&mut self) {
-        if std::mem::take(&mut self.dirty) {
-            self.shared.snapshot.store(Arc::new(self.next.clone()));
-            self.shared.changed.notify_waiters();
-        }
-    }
 }
 
 impl<K, T, C: Connect<T>> Driver<K, T, C> {
-    /// Ends every endpoint, and leaves a snapshot that says so and holds no service.
-    fn close(&mut self, how: &Command) {
-        for known in self.endpoints.values() {
-            if let Some(ready) = &known.ready {
-                ready.mark_down();
-            }
-            known.end(how.clone());
-        }
-        for task in self.draining.drain(..) {
-            task.commands.send_replace(how.clone());
-        }
-        self.endpoints.clear();
-        self.next = Snapshot::empty();
-        self.next.resolution = match self.stopped {
-            true => Resolution::Stopped(None),
-            false => Resolution::Stopped(Some("the runtime that it lived on has ended")),
-        };
-        self.shared.snapshot.store(Arc::new(self.next.clone()));
-        self.shared.changed.notify_waiters();
+    fn tell(&self, event: EventKind) {
+        self.setup.bus.tell(&self.shared.role, event);
     }
 }
 
-impl<K, T, C: Connect<T>> Drop for Driver<K, T, C> {
-    /// However the driver ends, nobody is left waiting for it. Calls in flight whose callers hold nothing
-    /// of the pool any more are left to finish.
-    fn drop(&mut self) {
-        self.close(&Command::Drain);
+/// The next word of discovery; never, when there is nothing more to come.
+async fn next<K, T>(updates: &mut Updates<K, T>) -> thread::Result<Option<Update<K, Arc<T>>>> {
+    match updates {
+        Some(updates) => AssertUnwindSafe(updates.next()).catch_unwind().await,
+        None => std::future::pending().await,
     }
 }
 
-impl<T, S> Known<T, S> {
-    fn end(&self, command: Command) {
-        if let Some(task) = &self.task {
-            task.commands.send_replace(command);
-        }
-    }
+fn panicked(what: &'static str) -> SharedError {
+    tracing::error!("{what}; the last known set is kept");
+    Arc::from(BoxError::from(what))
 }
