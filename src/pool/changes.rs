@@ -201,3 +201,154 @@ impl<S> Seen<S> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, time::Duration};
+
+    use futures_util::{FutureExt as _, future::poll_fn};
+
+    use super::*;
+    use crate::{
+        endpoint::Target,
+        error::Peer,
+        pool::{
+            PoolConfig,
+            snapshot::{Phase, State},
+        },
+    };
+
+    #[derive(Debug)]
+    struct Named(Arc<Peer>);
+
+    impl Target for Named {
+        fn peer(&self) -> &Arc<Peer> {
+            &self.0
+        }
+    }
+
+    fn entry(id: u32, generation: u64, phase: Phase) -> Arc<Entry<()>> {
+        let peer = Peer::new("echo", id.to_string(), "h:1").with_generation(generation);
+        Arc::new(Entry {
+            number: 0,
+            target: Arc::new(Named(Arc::new(peer))),
+            state: State::new(phase),
+            ready: None,
+        })
+    }
+
+    /// What a reader has been told is there.
+    #[derive(Default)]
+    struct Reader {
+        there: BTreeMap<String, (u64, Connectivity)>,
+        told: usize,
+    }
+
+    impl Reader {
+        /// Reads on until there is nothing more to be told for now.
+        fn catch_up(&mut self, changes: &mut Changes<()>) {
+            while let Some(Some(change)) = poll_fn(|cx| changes.poll_change(cx)).now_or_never() {
+                self.told += 1;
+                let of = |s: &EndpointStatus| (s.peer.id.to_string(), (s.peer.generation, s.state));
+                match change {
+                    Change::Added(now) => {
+                        let (id, what) = of(&now);
+                        assert_eq!(self.there.insert(id, what), None, "it was there already");
+                    }
+                    Change::Changed { before, now } => {
+                        let (id, what) = of(&now);
+                        let old = self.there.insert(id, what);
+                        assert_eq!(old, Some((what.0, before)), "it was another");
+                    }
+                    Change::Removed(before) => {
+                        let (id, what) = of(&before);
+                        assert_eq!(self.there.remove(&id), Some(what), "it was not there");
+                    }
+                    Change::Synced => {}
+                    Change::Ended(_) => self.there.clear(),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn readers_of_any_pace_end_with_what_is_there_and_each_word_follows_from_the_last() {
+        let seed = fastrand::u64(..);
+        let mut random = fastrand::Rng::with_seed(seed);
+        println!("seed {seed}");
+        let shared = Arc::new(Shared::new("echo".into(), PoolConfig::default()));
+        let mut next = Snapshot::empty();
+        next.resolution = Resolution::Known { stale: None };
+        let mut model = BTreeMap::new();
+        // One that reads each snapshot, one in ten, one in a thousand.
+        let mut readers =
+            [1, 10, 1000].map(|pace| (pace, Changes::new(shared.clone()), Reader::default()));
+        let phases = [Phase::Connecting, Phase::Retrying, Phase::Offline];
+        for step in 1..=20_000 {
+            // Grows to about 900, so that the map's buckets double, and is emptied now and then.
+            let id = random.u32(0..1000);
+            let name = id.to_string();
+            match random.u32(0..1000) {
+                0 => {
+                    next = Snapshot::empty();
+                    next.resolution = Resolution::Known { stale: None };
+                    model.clear();
+                }
+                1..=100 => {
+                    next.all.remove(&name);
+                    model.remove(&name);
+                }
+                _ => {
+                    // Another generation at times, else the same in whatever state.
+                    let old = model.get(&name).map_or(1, |(generation, _)| *generation);
+                    let generation = old + u64::from(random.u32(0..5) == 0);
+                    let new = entry(id, generation, phases[random.usize(..3)]);
+                    model.insert(name, (generation, Connectivity::of(&new)));
+                    next.all.insert(&new.target.peer().id.clone(), new);
+                }
+            }
+            shared.snapshot.store(Arc::new(next.clone()));
+            shared.changed.notify_waiters();
+            for (pace, changes, reader) in &mut readers {
+                if step % *pace == 0 {
+                    reader.catch_up(changes);
+                    assert!(
+                        reader.there == model,
+                        "seed {seed}, step {step}: a reader of pace {pace} is wrong"
+                    );
+                }
+            }
+        }
+        // The slower one was told less.
+        assert!(readers[0].2.told > readers[1].2.told && readers[1].2.told > readers[2].2.told);
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_sleeps_is_woken_by_the_next_snapshot_and_ends_with_the_pool() {
+        let shared: Arc<Shared<()>> = Arc::new(Shared::new("echo".into(), PoolConfig::default()));
+        let mut changes = Changes::new(shared.clone());
+        let reading = tokio::spawn(async move {
+            let mut seen = Vec::new();
+            while let Some(change) = poll_fn(|cx| changes.poll_change(cx)).await {
+                seen.push(change);
+            }
+            seen
+        });
+        let mut next = Snapshot::empty();
+        let new = entry(7, 1, Phase::Connecting);
+        for step in 0..2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            match step {
+                0 => next.all.insert(&"7".into(), new.clone()),
+                _ => next.resolution = Resolution::Stopped(Some("enough")),
+            }
+            shared.snapshot.store(Arc::new(next.clone()));
+            shared.changed.notify_waiters();
+        }
+        let seen = reading.await.unwrap();
+        let [Change::Added(_), Change::Removed(_), Change::Ended(why)] = &seen[..] else {
+            panic!("{seen:?}");
+        };
+        assert_eq!(why.to_string(), "stopped, role echo: enough");
+    }
+}
