@@ -148,7 +148,8 @@ impl ConnectionManager {
 
     /// Lets go of a role: it is not looked for any more, calls in flight finish within
     /// [`PoolConfig::drain`], and later ones through channels that are still held fail with [`Kind::Stopped`], as its
-    /// watches end. Asked for again, it begins anew. Returns at once; false if the role was not asked for.
+    /// watches end. Asked for again, it begins anew. Returns at once, a moment before the pool's driver has heard of it;
+    /// false if the role was not asked for.
     ///
     /// # Errors
     ///

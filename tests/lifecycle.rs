@@ -1,0 +1,322 @@
+//! How roles and managers come to an end: released, idle, stopped at once or gracefully; and that nothing is left.
+
+mod support;
+
+use std::{
+    sync::atomic::Ordering::SeqCst,
+    time::{Duration, Instant},
+};
+
+use futures_util::{FutureExt as _, StreamExt as _};
+use support::{
+    eventually,
+    server::{
+        EchoServer,
+        pb::{EchoRequest, echo_client::EchoClient},
+    },
+    sockets_to, tasks,
+};
+use switchboard::{
+    Channel, ConnectionManager, Error, Kind, MemoryRegistry, Registration, Session, WaitForReady,
+    events::EventKind,
+    manager::{Discovery, InstanceChange},
+};
+use tokio::time::{sleep, timeout};
+use tonic::{Code, Request, Status};
+
+async fn call(channel: &Channel, delay_ms: u32) -> Result<String, Status> {
+    let request = EchoRequest {
+        delay_ms,
+        ..EchoRequest::default()
+    };
+    let answer = EchoClient::new(channel.clone()).unary(request).await?;
+    Ok(answer.into_inner().server)
+}
+
+async fn served(registry: &MemoryRegistry, id: &str) -> (EchoServer, Registration) {
+    let server = EchoServer::start(id);
+    let session = Session::new("echo", server.address()).with_id(id);
+    let registration = registry.register(session).await.unwrap();
+    (server, registration)
+}
+
+/// Calls in flight that take this long.
+async fn in_flight(
+    channel: &Channel,
+    server: &EchoServer,
+    n: usize,
+    delay_ms: u32,
+) -> Vec<tokio::task::JoinHandle<Result<String, Status>>> {
+    let before = server.seen.started.load(SeqCst);
+    let calls = (0..n).map(|_| {
+        let channel = channel.clone();
+        tokio::spawn(async move { call(&channel, delay_ms).await })
+    });
+    let calls = calls.collect();
+    eventually("all are in flight", || {
+        server.seen.started.load(SeqCst) == before + n
+    })
+    .await;
+    calls
+}
+
+fn kind_of(status: &Status) -> Option<Kind> {
+    Error::of(status).map(Error::kind)
+}
+
+#[tokio::test]
+async fn a_role_that_is_released_finishes_its_calls_and_begins_anew_when_asked_for() {
+    let registry = MemoryRegistry::new();
+    let (server, _held) = served(&registry, "a").await;
+    let before = tasks();
+    let manager = ConnectionManager::builder(registry).build();
+    assert!(!manager.release("echo").unwrap(), "nobody asked for it yet");
+    let channel = manager.channel("echo");
+    call(&channel, 0).await.unwrap();
+    let mut watch = manager.watch("echo");
+    let calls = in_flight(&channel, &server, 20, 300).await;
+
+    assert!(manager.release("echo").unwrap());
+    assert!(!manager.release("echo").unwrap(), "it is gone already");
+    assert!(manager.status().roles.is_empty());
+    let mut end = None;
+    while let Some(change) = watch.next().await {
+        if let InstanceChange::Ended(why) = change {
+            end = Some(why.to_string());
+        }
+    }
+    let released = "stopped, role echo: the role was released";
+    assert_eq!(end.as_deref(), Some(released));
+    let status = call(&channel, 0).await.unwrap_err();
+    assert_eq!(kind_of(&status), Some(Kind::Stopped));
+    assert_eq!(status.message(), released);
+
+    // A new pool beside the old one, which is still at work.
+    let anew = manager.channel("echo");
+    assert_eq!(call(&anew, 0).await.unwrap(), "a");
+    assert_eq!(sockets_to(server.address.port()), 2);
+    for call in calls {
+        assert_eq!(call.await.unwrap().unwrap(), "a");
+    }
+    eventually("the old connection is closed", || {
+        sockets_to(server.address.port()) == 1
+    })
+    .await;
+    // One that is being released ends with the manager.
+    let calls = in_flight(&anew, &server, 20, 60_000).await;
+    manager.release("echo").unwrap();
+    manager.stop().await;
+    for call in calls {
+        assert_eq!(call.await.unwrap().unwrap_err().code(), Code::Cancelled);
+    }
+    drop((manager, channel, anew, watch));
+    eventually("no task is left", || tasks() == before).await;
+    assert_eq!(sockets_to(server.address.port()), 0);
+}
+
+#[tokio::test]
+async fn a_role_that_nobody_uses_lets_go_of_its_connections_until_somebody_does() {
+    let registry = MemoryRegistry::new();
+    let (server, _held) = served(&registry, "a").await;
+    let quiet = Duration::from_secs(1);
+    let builder = ConnectionManager::builder(registry.clone());
+    let manager = builder.idle_after(Some(quiet)).unwrap().build();
+    let mut events = manager.events();
+    let channel = manager.channel("echo");
+    let is_idle = || matches!(manager.status().roles[0].discovery, Discovery::Idle);
+    let sockets = || sockets_to(server.address.port());
+
+    // In use, if only by a call now and then, it stays, and so it does while a call is in flight.
+    let began = Instant::now();
+    while began.elapsed() < quiet * 2 {
+        call(&channel, 0).await.unwrap();
+        sleep(Duration::from_millis(100)).await;
+        assert!(!is_idle());
+    }
+    call(&channel, 1_800).await.unwrap();
+    assert!(!is_idle(), "it had a call in flight");
+
+    // To hold a channel is not to use it.
+    let last = Instant::now();
+    eventually("it is idle", is_idle).await;
+    let took = last.elapsed();
+    assert!(took > quiet * 3 / 4 && took < quiet * 2, "after {took:?}");
+    eventually("its connection is closed", || sockets() == 0).await;
+    assert!(manager.status().roles[0].endpoints.is_empty());
+
+    // A call that does not wait for anything else waits for this.
+    for _ in 0..3 {
+        assert_eq!(call(&channel, 0).await.unwrap(), "a");
+    }
+    assert_eq!(sockets(), 1);
+    eventually("it is idle again", is_idle).await;
+    // Many at once wake it once, and each is answered.
+    let calls = (0..100).map(|_| call(&channel, 0));
+    for answer in futures_util::future::join_all(calls).await {
+        assert_eq!(answer.unwrap(), "a");
+    }
+    assert_eq!(sockets(), 1);
+
+    // Whoever watches it, waits for it or depends on it uses it.
+    let watch = manager.watch("echo");
+    sleep(quiet * 2).await;
+    assert!(!is_idle(), "it is watched");
+    drop(watch);
+    eventually("it is idle once more", is_idle).await;
+    let mut request = Request::new(EchoRequest::default());
+    request.extensions_mut().insert(WaitForReady(true));
+    let nobody = channel.to("nobody");
+    let waiting = tokio::spawn(async move { EchoClient::new(nobody).unary(request).await });
+    sleep(quiet * 2).await;
+    assert!(!is_idle(), "a call waits");
+    waiting.abort();
+    eventually("it is idle for the last time", is_idle).await;
+    manager.depends_on("echo").unwrap();
+    eventually("it is connected", || sockets() == 1).await;
+    sleep(quiet * 2).await;
+    assert!(!is_idle(), "it is depended on");
+
+    let mut names = Vec::new();
+    while let Some(Some(event)) = events.next().now_or_never() {
+        if matches!(event.kind, EventKind::Idle | EventKind::Woken) {
+            names.push(event.kind.name());
+        }
+    }
+    assert_eq!(names, ["idle", "woken"].repeat(4));
+}
+
+#[tokio::test]
+async fn a_graceful_stop_refuses_at_once_and_lets_calls_in_flight_finish() {
+    let registry = MemoryRegistry::new();
+    let (server, _held) = served(&registry, "a").await;
+    let before = tasks();
+    let manager = ConnectionManager::builder(registry).build();
+    let channel = manager.channel("echo");
+    call(&channel, 0).await.unwrap();
+    let calls = in_flight(&channel, &server, 100, 400).await;
+    let mut patient = Request::new(EchoRequest::default());
+    patient.extensions_mut().insert(WaitForReady(true));
+    let nobody = channel.to("nobody");
+    let waiting = tokio::spawn(async move { EchoClient::new(nobody).unary(patient).await });
+    sleep(Duration::from_millis(20)).await;
+
+    let began = Instant::now();
+    let grace = Duration::from_secs(10);
+    let stopping = tokio::spawn({
+        let manager = manager.clone();
+        async move { manager.stop_gracefully(grace).await }
+    });
+    eventually("it is stopping", || manager.is_stopped()).await;
+    let waited = waiting.await.unwrap().unwrap_err();
+    assert_eq!(kind_of(&waited), Some(Kind::Stopped), "{waited}");
+    let status = timeout(Duration::from_millis(200), call(&channel, 0)).await;
+    assert_eq!(kind_of(&status.unwrap().unwrap_err()), Some(Kind::Stopped));
+    for call in calls {
+        assert_eq!(call.await.unwrap().unwrap(), "a");
+    }
+    stopping.await.unwrap();
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(2), "it took {took:?}");
+    drop((manager, channel));
+    eventually("no task is left", || tasks() == before).await;
+    assert_eq!(sockets_to(server.address.port()), 0);
+}
+
+#[tokio::test]
+async fn what_is_not_done_within_the_grace_is_cancelled_and_a_stop_shortens_it() {
+    let registry = MemoryRegistry::new();
+    let (server, _held) = served(&registry, "a").await;
+    for (grace, stop_after) in [
+        (Duration::from_millis(200), None),
+        (Duration::from_secs(60), Some(Duration::from_millis(200))),
+    ] {
+        let manager = ConnectionManager::builder(registry.clone()).build();
+        let channel = manager.channel("echo");
+        call(&channel, 0).await.unwrap();
+        let calls = in_flight(&channel, &server, 20, 60_000).await;
+        let began = Instant::now();
+        let graceful = manager.stop_gracefully(grace);
+        let at_once = async {
+            if let Some(after) = stop_after {
+                sleep(after).await;
+                manager.stop().await;
+            }
+        };
+        tokio::join!(graceful, at_once);
+        let took = began.elapsed();
+        let bounds = Duration::from_millis(200)..Duration::from_millis(1_000);
+        assert!(bounds.contains(&took), "it took {took:?}");
+        for call in calls {
+            let status = call.await.unwrap().unwrap_err();
+            assert_eq!(status.code(), Code::Cancelled, "{status}");
+            assert_eq!(kind_of(&status), Some(Kind::Stopped));
+        }
+    }
+}
+
+#[tokio::test]
+async fn after_the_stop_every_method_says_so() {
+    let registry = MemoryRegistry::new();
+    let (_server, _held) = served(&registry, "a").await;
+    let manager = ConnectionManager::builder(registry).build();
+    let held = manager.channel("echo");
+    call(&held, 0).await.unwrap();
+    let mut events = manager.events();
+    let mut watch = manager.watch("echo");
+    manager.stop().await;
+
+    let stopped = |error: Error| {
+        assert_eq!(error.kind(), Kind::Stopped, "{error}");
+        assert_eq!(error.code(), Code::Cancelled);
+    };
+    for role in ["echo", "another"] {
+        stopped(manager.try_channel(role).unwrap_err());
+        stopped(manager.depends_on(role).unwrap_err());
+        stopped(manager.release(role).unwrap_err());
+        stopped(manager.channels(role).unwrap_err());
+        let long = Duration::from_secs(60);
+        let ready = timeout(Duration::from_secs(1), manager.ready(role, 1, long)).await;
+        stopped(ready.expect("at once").unwrap_err());
+        let status = call(&manager.channel(role), 0).await.unwrap_err();
+        assert_eq!(kind_of(&status), Some(Kind::Stopped), "{status}");
+        let mut watch = manager.watch(role);
+        let InstanceChange::Ended(why) = watch.next().await.unwrap() else {
+            panic!("it begins with something else");
+        };
+        assert_eq!(why.kind(), Kind::Stopped);
+        assert!(watch.next().await.is_none());
+    }
+    for channel in [held.clone(), held.to("a")] {
+        let status = call(&channel, 0).await.unwrap_err();
+        assert_eq!(kind_of(&status), Some(Kind::Stopped), "{status}");
+    }
+    // Those that were there end with the word.
+    let mut last = None;
+    while let Some(change) = watch.next().await {
+        last = Some(change);
+    }
+    assert!(matches!(last, Some(InstanceChange::Ended(_))), "{last:?}");
+    let mut last = None;
+    while let Some(event) = events.next().await {
+        last = Some(event.kind);
+    }
+    assert!(matches!(last, Some(EventKind::Stopped)), "{last:?}");
+    let mut late = manager.events();
+    assert!(matches!(
+        late.next().await.map(|event| event.kind),
+        Some(EventKind::Stopped)
+    ));
+    assert!(late.next().await.is_none());
+
+    assert!(manager.is_stopped() && manager.clone().is_stopped());
+    let status = manager.status();
+    assert!(status.stopped);
+    assert!(status.to_string().starts_with("stopped\n"), "{status}");
+    let again = async {
+        manager.stop().await;
+        manager.stop_gracefully(Duration::from_secs(60)).await;
+    };
+    timeout(Duration::from_secs(1), again)
+        .await
+        .expect("at once");
+}
