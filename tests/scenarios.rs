@@ -183,6 +183,87 @@ async fn a_deleted_session_ends_its_calls_and_is_found_again_elsewhere() {
     assert!(slowest < Duration::from_secs(1), "a call took {slowest:?}");
 }
 
+// Scenario 3.
+#[tokio::test]
+async fn a_role_whose_only_session_flaps_troubles_no_other_role() {
+    let etcd = Etcd::start().await;
+    let registry = registry(&etcd).await;
+    let manager = ConnectionManager::builder(registry.clone()).build();
+    let (well, flaps) = (EchoServer::start("well"), EchoServer::start("flaps"));
+    let a = Session::new("a", well.address()).with_id("well");
+    let _a = registry.register(a).await.unwrap();
+    let (of_a, of_b) = (manager.channel("a"), manager.channel("b"));
+    until_answered(&of_a, "well", Instant::now()).await;
+
+    // B's callers go on for the whole of it.
+    let over = Arc::new(AtomicBool::new(false));
+    let callers: Vec<_> = (0..4)
+        .map(|_| {
+            let (channel, over) = (of_b.clone(), over.clone());
+            tokio::spawn(async move {
+                let (mut slowest, mut failed, mut answered) = (Duration::ZERO, 0, 0);
+                while !over.load(SeqCst) {
+                    let began = Instant::now();
+                    match call(&channel, 0).await {
+                        Ok(_) => answered += 1,
+                        Err(_) => {
+                            failed += 1;
+                            slowest = slowest.max(began.elapsed());
+                        }
+                    }
+                    time::sleep(Duration::from_millis(1)).await;
+                }
+                (slowest, failed, answered)
+            })
+        })
+        .collect();
+    // By turns with and without, for the machine is not the same from one second to the next.
+    let (mut alone, mut meanwhile) = (Vec::new(), Vec::new());
+    for _ in 0..5 {
+        calls_take(&of_a, &mut alone, Duration::from_secs(1)).await;
+        let flapping = tokio::spawn({
+            let (registry, address) = (registry.clone(), flaps.address());
+            async move {
+                for _ in 0..5 {
+                    let b = Session::new("b", &*address).with_id("flaps");
+                    let registration = registry.register(b).await.unwrap();
+                    time::sleep(Duration::from_millis(200)).await;
+                    registration.deregister().await.unwrap();
+                    time::sleep(Duration::from_millis(200)).await;
+                }
+            }
+        });
+        calls_take(&of_a, &mut meanwhile, Duration::from_secs(2)).await;
+        flapping.await.unwrap();
+    }
+    over.store(true, SeqCst);
+    let (mut failed, mut answered) = (0, 0);
+    for caller in callers {
+        let (slowest, f, a) = caller.await.unwrap();
+        assert!(
+            slowest < Duration::from_millis(100),
+            "failed after {slowest:?}"
+        );
+        failed += f;
+        answered += a;
+    }
+    assert!(
+        failed > 100 && answered > 100,
+        "{failed} failed, {answered} did not"
+    );
+    let p99 = |took: &mut Vec<Duration>| {
+        took.sort_unstable();
+        took[took.len() * 99 / 100]
+    };
+    let (alone, meanwhile) = (p99(&mut alone), p99(&mut meanwhile));
+    println!("A's p99: {alone:?} alone, {meanwhile:?} beside B; of B's calls {failed} failed");
+    // The scenario's factor, and the time slice of a machine with other tests on it.
+    assert!(
+        meanwhile < 2 * alone + Duration::from_millis(4),
+        "{alone:?} alone, {meanwhile:?} beside B"
+    );
+}
+
 // Scenario 4.
 #[tokio::test]
 async fn with_no_session_calls_fail_at_once_or_wait_as_they_asked_to() {
@@ -306,6 +387,61 @@ async fn a_call_for_one_instance_is_never_executed_by_who_took_its_address() {
     assert_eq!(call(&channel, 0).await.unwrap(), "8");
 }
 
+// Scenario 6. Calls that were sent may have been executed: whether to repeat them is not a connection's to say.
+#[tokio::test]
+async fn of_a_killed_replica_no_call_fails_that_is_safe_to_repeat_and_none_goes_there_later() {
+    let etcd = Etcd::start().await;
+    let registry = registry(&etcd).await;
+    let manager = ConnectionManager::builder(registry.clone()).build();
+    let channel = manager.channel("echo");
+    let (mut a, b) = (EchoServer::start("a"), EchoServer::start("b"));
+    let _a = registry.register(session("a", &a.address())).await.unwrap();
+    let _b = registry.register(session("b", &b.address())).await.unwrap();
+    for id in ["a", "b"] {
+        eventually(id, || state_of(&manager, id) == Some(Connectivity::Ready)).await;
+    }
+    let over = Arc::new(AtomicBool::new(false));
+    let callers: Vec<_> = (0..8)
+        .map(|n| {
+            let (channel, over) = (channel.clone(), over.clone());
+            tokio::spawn(async move {
+                let (mut failures, mut by_b) = (Vec::new(), 0);
+                while !over.load(SeqCst) {
+                    match call(&channel, n % 4).await {
+                        Ok(server) => by_b += usize::from(server == "b"),
+                        Err(status) => failures.push((Instant::now(), status)),
+                    }
+                }
+                (failures, by_b)
+            })
+        })
+        .collect();
+    time::sleep(Duration::from_millis(300)).await;
+    a.kill();
+    let killed = Instant::now();
+    time::sleep(Duration::from_secs(2)).await;
+    assert!(
+        state_of(&manager, "a").is_some(),
+        "its lease is still alive"
+    );
+    over.store(true, SeqCst);
+    let (mut failed, mut latest) = (0, Duration::ZERO);
+    for caller in callers {
+        let (failures, by_b) = caller.await.unwrap();
+        assert!(by_b > 50, "{by_b}");
+        for (at, status) in failures {
+            let error = Error::of(&status).expect("ours");
+            assert_eq!(error.sent(), switchboard::Sent::Sent, "{status}");
+            assert_eq!(error.peer().map(|peer| &*peer.id), Some("a"), "{status}");
+            latest = latest.max(at.saturating_duration_since(killed));
+            failed += 1;
+        }
+    }
+    println!("{failed} calls were in flight and failed, the last {latest:?} after the death");
+    assert!(failed <= 8, "{failed} calls failed of 8 at a time");
+    assert!(latest < Duration::from_millis(300), "{latest:?}");
+}
+
 // Scenario 7.
 #[tokio::test]
 async fn a_peer_that_stops_answering_is_left_within_its_keepalive() {
@@ -419,6 +555,16 @@ async fn percentile_99(channel: &Channel) -> Duration {
     took[took.len() * 99 / 100]
 }
 
+/// How long calls take, one after the other, for so long.
+async fn calls_take(channel: &Channel, took: &mut Vec<Duration>, within: Duration) {
+    let until = Instant::now() + within;
+    while Instant::now() < until {
+        let began = Instant::now();
+        assert_eq!(call(channel, 0).await.unwrap(), "well");
+        took.push(began.elapsed());
+    }
+}
+
 // Scenario 10, the first half; the registration's own part of it comes with the registrations.
 #[tokio::test]
 async fn a_session_that_is_stopping_is_drained() {
@@ -495,6 +641,48 @@ async fn a_server_that_opens_its_port_late_is_found_without_the_registrys_help()
     let opened = Instant::now();
     let took = until_answered(&channel, "late", opened).await;
     assert!(took < Duration::from_secs(1), "found after {took:?}");
+}
+
+// Scenario 12.
+#[tokio::test]
+async fn a_peer_that_says_it_is_exhausted_keeps_its_place_and_its_call() {
+    let etcd = Etcd::start().await;
+    let registry = registry(&etcd).await;
+    let manager = ConnectionManager::builder(registry.clone()).build();
+    let channel = manager.channel("echo");
+    let (a, b) = (EchoServer::start("a"), EchoServer::start("b"));
+    let _a = registry.register(session("a", &a.address())).await.unwrap();
+    let _b = registry.register(session("b", &b.address())).await.unwrap();
+    for id in ["a", "b"] {
+        eventually(id, || state_of(&manager, id) == Some(Connectivity::Ready)).await;
+    }
+    let seen = || (a.seen.started.load(SeqCst), b.seen.started.load(SeqCst));
+    for n in 1..=100 {
+        let exhausted = EchoRequest {
+            message: "full".to_owned(),
+            fail_with: Code::ResourceExhausted as u32,
+            ..EchoRequest::default()
+        };
+        let mut client = EchoClient::new(channel.to("a"));
+        let status = client.unary(exhausted.clone()).await.unwrap_err();
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        assert_eq!(status.message(), "as asked: full");
+        assert_eq!(seen(), (n, 0), "it went elsewhere too");
+    }
+    // Unpinned, each goes to one peer, and to both alike.
+    for n in 1..=100 {
+        let exhausted = EchoRequest {
+            fail_with: Code::ResourceExhausted as u32,
+            ..EchoRequest::default()
+        };
+        let mut client = EchoClient::new(channel.clone());
+        client.unary(exhausted).await.unwrap_err();
+        let (of_a, of_b) = seen();
+        assert_eq!(of_a + of_b, 100 + n);
+    }
+    let (of_a, of_b) = seen();
+    assert!(of_a > 120 && of_b > 20, "{of_a} {of_b}");
+    assert_eq!(state_of(&manager, "a"), Some(Connectivity::Ready));
 }
 
 // "Registry unreachable at start."
