@@ -944,3 +944,67 @@ async fn calls_go_on_while_everything_changes_under_them() {
         "stays"
     );
 }
+
+/// Dials that take this long, all of which are counted; `hang` never answers.
+async fn dialled(config: PoolConfig, nodes: &[&str], each: Duration) -> (usize, Duration) {
+    let counts = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
+    let connect = {
+        let counts = counts.clone();
+        move |node: &Node| {
+            let (id, counts) = (node.peer.id.clone(), counts.clone());
+            async move {
+                let (now, most) = &*counts;
+                most.fetch_max(now.fetch_add(1, SeqCst) + 1, SeqCst);
+                match &*id {
+                    "hang" => std::future::pending().await,
+                    _ => time::sleep(each).await,
+                }
+                now.fetch_sub(1, SeqCst);
+                let line = Arc::new(Line::default());
+                Ok::<_, BoxError>(Connected::new(Named { id, line }))
+            }
+        }
+    };
+    let (updates, stream) = mpsc::unbounded_channel();
+    let stream = UnboundedReceiverStream::new(stream);
+    let pool = Pool::<_, Plain>::new("echo", config, stream, connect).unwrap();
+    let began = time::Instant::now();
+    for (key, id) in nodes.iter().enumerate() {
+        let _ = updates.send(Update::Change(Change::Insert(key, node(id))));
+    }
+    let _ = updates.send(Update::Synced);
+    let good = nodes.iter().filter(|id| **id != "hang").count();
+    while pool.status().ready() < good {
+        time::sleep(Duration::from_millis(1)).await;
+    }
+    (counts.1.load(SeqCst), began.elapsed())
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_more_dials_go_on_at_once_than_may() {
+    let ids: Vec<_> = (0..200).map(|n| n.to_string()).collect();
+    let ids: Vec<_> = ids.iter().map(String::as_str).collect();
+    let each = Duration::from_millis(20);
+    let few = PoolConfig::default().max_dials(8).unwrap();
+    let (most, took) = dialled(few, &ids, each).await;
+    assert_eq!(most, 8);
+    assert!((500..600).contains(&took.as_millis()), "{took:?}");
+    let (most, took) = dialled(PoolConfig::default(), &ids, each).await;
+    assert_eq!(most, 64);
+    assert!(took < 5 * each, "{took:?}");
+    for wrong in [0, 10_001] {
+        let error = PoolConfig::default().max_dials(wrong).unwrap_err();
+        assert!(
+            error.to_string().contains("between 1 and 10,000"),
+            "{error}"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn dials_into_the_void_hold_up_the_others_for_half_a_second_and_not_for_an_attempt() {
+    let mut ids = vec!["hang"; 64];
+    ids.extend(["a", "b", "c"]);
+    let (_, took) = dialled(PoolConfig::default(), &ids, Duration::from_millis(20)).await;
+    assert!((500..600).contains(&took.as_millis()), "{took:?}");
+}
