@@ -17,6 +17,7 @@
 
 use std::{
     fmt,
+    panic::{self, AssertUnwindSafe},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -332,9 +333,9 @@ impl Bus {
         }
     }
 
-    /// Tells an event. Waits for nobody.
+    /// Tells an event. Waits for nobody, and survives a subscriber or an error's words that panic.
     pub(crate) fn tell(&self, role: &Arc<str>, kind: EventKind) {
-        trace(role, &kind);
+        let _ = panic::catch_unwind(AssertUnwindSafe(|| trace(role, &kind)));
         // Nobody reads: that is no error.
         let _ = self.readers.send(Event::new(role, kind));
     }

@@ -19,7 +19,7 @@ use support::{
 use switchboard::{
     Channel, ConnectionManager, Error, Kind, MemoryRegistry, Registration, Session, WaitForReady,
     events::EventKind,
-    manager::{Discovery, InstanceChange},
+    manager::{Connectivity, InstanceChange},
 };
 use tokio::time::{sleep, timeout};
 use tonic::{Code, Request, Status};
@@ -123,7 +123,7 @@ async fn a_role_that_nobody_uses_lets_go_of_its_connections_until_somebody_does(
     let manager = builder.idle_after(Some(quiet)).unwrap().build();
     let mut events = manager.events();
     let channel = manager.channel("echo");
-    let is_idle = || matches!(manager.status().roles[0].discovery, Discovery::Idle);
+    let is_idle = || manager.status().roles[0].idle;
     let sockets = || sockets_to(server.address.port());
 
     // In use, if only by a call now and then, it stays, and so it does while a call is in flight.
@@ -142,7 +142,8 @@ async fn a_role_that_nobody_uses_lets_go_of_its_connections_until_somebody_does(
     let took = last.elapsed();
     assert!(took > quiet * 3 / 4 && took < quiet * 2, "after {took:?}");
     eventually("its connection is closed", || sockets() == 0).await;
-    assert!(manager.status().roles[0].endpoints.is_empty());
+    let known = manager.status().roles[0].endpoints[0].state;
+    assert_eq!(known, Connectivity::Idle);
 
     // A call that does not wait for anything else waits for this.
     for _ in 0..3 {
@@ -165,6 +166,7 @@ async fn a_role_that_nobody_uses_lets_go_of_its_connections_until_somebody_does(
     eventually("it is idle once more", is_idle).await;
     let mut request = Request::new(EchoRequest::default());
     request.extensions_mut().insert(WaitForReady(true));
+    call(&channel, 0).await.unwrap();
     let nobody = channel.to("nobody");
     let waiting = tokio::spawn(async move { EchoClient::new(nobody).unary(request).await });
     sleep(quiet * 2).await;
@@ -319,4 +321,43 @@ async fn after_the_stop_every_method_says_so() {
     timeout(Duration::from_secs(1), again)
         .await
         .expect("at once");
+}
+
+#[tokio::test]
+async fn while_a_role_drains_a_session_that_is_deleted_still_ends_its_calls() {
+    for released in [false, true] {
+        let registry = MemoryRegistry::new();
+        let (a, of_a) = served(&registry, "a").await;
+        let (b, _of_b) = served(&registry, "b").await;
+        let manager = ConnectionManager::builder(registry).build();
+        let channel = manager.channel("echo");
+        manager
+            .ready("echo", 2, Duration::from_secs(5))
+            .await
+            .unwrap();
+        let to_a = in_flight(&channel.to("a"), &a, 5, 60_000).await;
+        let to_b = in_flight(&channel.to("b"), &b, 5, 700).await;
+        let began = Instant::now();
+        let ending = tokio::spawn({
+            let manager = manager.clone();
+            async move {
+                match released {
+                    true => drop(manager.release("echo").unwrap()),
+                    false => manager.stop_gracefully(Duration::from_secs(60)).await,
+                }
+            }
+        });
+        sleep(Duration::from_millis(50)).await;
+        of_a.deregister().await.unwrap();
+        for call in to_a {
+            let status = call.await.unwrap().unwrap_err();
+            assert_eq!(kind_of(&status), Some(Kind::SessionDeleted), "{status}");
+        }
+        assert!(began.elapsed() < Duration::from_millis(600));
+        for call in to_b {
+            assert_eq!(call.await.unwrap().unwrap(), "b");
+        }
+        ending.await.unwrap();
+        assert!(began.elapsed() < Duration::from_secs(3));
+    }
 }

@@ -104,7 +104,7 @@ fn title_of(role: &RoleStatus) -> Row<'static> {
     let (ready, all) = (role.ready(), role.endpoints.len());
     let color = match role.discovery {
         Discovery::Fresh => Color::Green,
-        Discovery::Pending | Discovery::Idle => Color::Gray,
+        Discovery::Pending => Color::Gray,
         _ => Color::Yellow,
     };
     Row::new(vec![
@@ -126,7 +126,6 @@ fn title_of(role: &RoleStatus) -> Row<'static> {
 fn word_of(discovery: &Discovery) -> &'static str {
     match discovery {
         Discovery::Pending => "pending",
-        Discovery::Idle => "idle",
         Discovery::Failed(_) => "failed",
         Discovery::Fresh => "fresh",
         Discovery::Stale { .. } => "stale",
@@ -138,6 +137,7 @@ fn line_of(of: &EndpointStatus) -> Row<'static> {
     let color = match of.state {
         Connectivity::Ready => Color::Green,
         Connectivity::Connecting => Color::Cyan,
+        Connectivity::Idle => Color::Gray,
         Connectivity::Stopping => Color::Blue,
         Connectivity::Retrying => Color::Yellow,
         _ => Color::Red,

@@ -1,6 +1,9 @@
 //! Calls in flight, counted by the very reference count that keeps the callee's name alive.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, Weak},
+};
 
 use crate::sync::Padded;
 
@@ -12,6 +15,9 @@ use crate::sync::Padded;
 /// may ever clone that `Arc`, which is why it is private to this file and `Load` is not `Clone`. Padded, for
 /// its neighbours on the heap are other endpoints' counts, which other threads write.
 pub(crate) struct Load<T>(Arc<Padded<T>>);
+
+/// The calls that were counted against a [`Load`], once that is gone; it is none itself.
+pub(crate) struct Watched<T>(Weak<Padded<T>>);
 
 /// One call in flight: dropping it gives the load back.
 pub(crate) struct Guard<T>(Arc<Padded<T>>);
@@ -34,8 +40,20 @@ impl<T> Load<T> {
         Arc::strong_count(&self.0) - 1
     }
 
+    /// The calls in flight, to be looked at when the load itself is gone.
+    pub(crate) fn watch(&self) -> Watched<T> {
+        Watched(Arc::downgrade(&self.0))
+    }
+
     pub(crate) fn of(&self) -> &T {
         &self.0.0
+    }
+}
+
+impl<T> Watched<T> {
+    /// How many of the calls are still in flight.
+    pub(crate) fn current(&self) -> usize {
+        self.0.strong_count()
     }
 }
 

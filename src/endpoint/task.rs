@@ -56,8 +56,9 @@ pub(crate) struct Endpoint<T, C: Connect<T>> {
     pub(crate) commands: watch::Receiver<Command>,
     /// The registry has spoken of this session again: dial now.
     pub(crate) nudge: Arc<Notify>,
-    /// As many as may dial at once in this pool.
+    /// As many as may dial at once in this pool, and how many of those may be probing whoever is offline.
     pub(crate) dials: Arc<Semaphore>,
+    pub(crate) probes: Arc<Semaphore>,
     /// Connections that take no new calls and are finishing their own.
     pub(crate) retired: Vec<Arc<dyn Lifeline>>,
 }
@@ -101,16 +102,18 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
         let mut forgive = true;
         let mut first = true;
         let mut last_nudge = None;
+        let mut offline = false;
         loop {
             // Connecting => (Connected | Failed | ended)
             self.tell(Event::Connecting { first });
             first = false;
             let mut disowned = false;
-            let why = match self.attempt().await {
+            let why = match self.attempt(offline).await {
                 Err(Ended(command)) => return self.end(command, None).await,
                 Ok(Err(why)) => why,
                 Ok(Ok(Connected { service, lifeline })) => {
                     let since = Instant::now();
+                    offline = false;
                     // Connected => (Lost | ended)
                     let why = match self.serve(service, lifeline.as_ref()).await {
                         Err(Ended(command)) => return self.end(command, lifeline).await,
@@ -141,7 +144,7 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
 
             // Failed => (waiting | offline) => Connecting
             attempts = attempts.saturating_add(1);
-            let offline = disowned || attempts >= self.dialing.attempts;
+            offline = disowned || attempts >= self.dialing.attempts;
             let delay = if offline {
                 self.dialing.probe.map(|probe| probe.delay(0))
             } else {
@@ -159,26 +162,36 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
                 Ok(Pause::Nudged) => {
                     // What failed before the registry spoke says little about what it spoke of.
                     attempts = 0;
+                    offline = false;
                     last_nudge = Some(time::Instant::now());
                 }
             }
         }
     }
 
-    async fn attempt(&mut self) -> Result<Result<Connected<C::Service>, SharedError>, Ended> {
+    async fn attempt(
+        &mut self,
+        probing: bool,
+    ) -> Result<Result<Connected<C::Service>, SharedError>, Ended> {
         let (connect, target) = (self.connect.clone(), self.target.clone());
         // Inside the future, so that a connector that panics before its first await is caught too.
         let dial = async move { connect.connect(&target).await };
         let dial = AssertUnwindSafe(dial).catch_unwind();
-        let (dials, bound) = (self.dials.clone(), self.dialing.attempt_timeout);
+        let (dials, probes) = (self.dials.clone(), self.probes.clone());
+        let bound = self.dialing.attempt_timeout;
         let in_turn = async move {
             // Nobody ever closes it; if somebody did, dialling would go on without a bound.
-            let mut place = dials.acquire_owned().await.ok();
+            // A probe is in no hurry: whoever was just lost need not queue behind thousands that are long gone.
+            let mut place = (None, None);
+            if probing {
+                place.0 = probes.acquire_owned().await.ok();
+            }
+            place.1 = dials.acquire_owned().await.ok();
             let mut dial = pin!(time::timeout(bound, dial));
             tokio::select! {
                 biased;
                 result = &mut dial => return result,
-                () = time::sleep(BRISK) => drop(place.take()),
+                () = time::sleep(BRISK) => drop(std::mem::take(&mut place)),
             }
             dial.await
         };

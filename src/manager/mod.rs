@@ -181,7 +181,7 @@ impl ConnectionManager {
     pub fn channels(&self, role: &str) -> Result<Vec<Instance>, Error> {
         let pool = self.pool(role)?;
         let status = pool.status();
-        if let Discovery::Idle = status.discovery {
+        if status.idle {
             pool.shared().interest.want();
         }
         let channel = Channel::new(pool);
@@ -235,11 +235,10 @@ impl ConnectionManager {
         within: Duration,
     ) -> Result<Vec<Instance>, Error> {
         let pool = self.pool(role)?;
-        pool.shared().enough(n, within).await?;
-        let channel = Channel::new(pool.clone());
-        let endpoints = pool.status().endpoints.into_iter();
-        let instances = endpoints.filter_map(|endpoint| Instance::new(endpoint, &channel));
-        Ok(instances.filter(Instance::is_ready).collect())
+        let ready = pool.shared().enough(n, within).await?;
+        let channel = Channel::new(pool);
+        let instance = |endpoint| Instance::new(endpoint, &channel);
+        Ok(ready.into_iter().filter_map(instance).collect())
     }
 
     /// What happens to this manager's connections, from here on; see [`Events`].
@@ -290,16 +289,19 @@ impl ConnectionManager {
     ///
     /// As [`ConnectionManager::stop`].
     pub async fn stop_gracefully(&self, grace: Duration) {
-        let pools: Vec<_> = {
+        let (open, pools): (_, Vec<_>) = {
             let mut roles = self.inner.lock();
-            // With it goes what the registry keeps open, unless somebody else holds it too.
-            if let Some(Open { bus, registry: _ }) = roles.open.take() {
-                bus.tell(&"".into(), EventKind::Stopped);
-            }
             roles.released.retain(Pool::is_running);
             let known = roles.known.values().map(|role| &role.pool);
-            known.chain(&roles.released).cloned().collect()
+            let pools = known.chain(&roles.released).cloned().collect();
+            (roles.open.take(), pools)
         };
+        // With it goes what the registry keeps open, unless somebody else holds it too; and neither that nor whoever
+        // listens finds the lock taken.
+        if let Some(Open { bus, registry }) = open {
+            bus.tell(&"".into(), EventKind::Stopped);
+            drop(registry);
+        }
         join_all(pools.iter().map(|pool| pool.stop_gracefully(grace))).await;
     }
 
@@ -314,19 +316,13 @@ impl ConnectionManager {
                 (Some(open), _) => open.clone(),
             }
         };
-        // What cannot be is said here and now; after it was idle, the role is asked for again.
-        let mut first = Some(registry.discover(role)?);
-        let name = role.to_owned();
-        let source = move || match first.take() {
-            Some(first) => Ok(Some(first.updates())),
-            None => registry.discover(&name).map(|again| Some(again.updates())),
-        };
+        let updates = registry.discover(role)?.updates();
         let setup = Setup {
             bus,
             idle_after: self.inner.idle_after,
         };
         let connector = self.inner.connector.clone();
-        let new = Pool::with(role, self.inner.config, setup, source, connector)?;
+        let new = Pool::with(role, self.inner.config, setup, updates, connector)?;
         let mut roles = self.inner.lock();
         if roles.open.is_none() {
             return Err(Error::new(Kind::Stopped).with_role(&role.into()));
@@ -390,9 +386,9 @@ impl Builder {
         self
     }
 
-    /// Lets go of the connections of a role that nobody has used for this long, and of its watch on the registry; the
-    /// next call, or whoever else asks for it, brings them back, and waits for that as for a first connection. Default
-    /// `None`: never. 1 s to 1 day.
+    /// Lets go of the connections of a role that nobody has used for this long. Its instances stay known, so that the
+    /// next call, or whoever else asks for it, connects them at once, and waits for that as for a first connection.
+    /// Default `None`: never. 1 s to 1 day.
     ///
     /// A role is in use while a call is in flight or waits, while somebody [watches](ConnectionManager::watch) it, and
     /// if it is [depended on](ConnectionManager::depends_on); to hold a channel is not to use it. That nobody does is

@@ -108,8 +108,8 @@ impl<S> Changes<S> {
                 self.ended = true;
                 return;
             }
-            // It became idle before there was a watch.
-            Resolution::Idle => self.shared.interest.want(),
+            // It was idle before there was a watch.
+            _ if snapshot.asleep => self.shared.interest.want(),
             Resolution::Pending | Resolution::Failed(_) | Resolution::Known { .. } => {}
         }
         self.compare(&snapshot);

@@ -32,7 +32,7 @@ impl<T: Clone> ChunkedVec<T> {
         self.chunks.get(index / CHUNK)?.get(index % CHUNK)
     }
 
-    #[cfg(any(test, feature = "manager", feature = "etcd"))]
+    #[cfg(any(test, feature = "etcd"))]
     pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
         self.chunks.iter().flat_map(|chunk| chunk.iter())
     }

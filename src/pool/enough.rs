@@ -7,6 +7,7 @@ use tokio::time;
 use super::{
     service::Shared,
     snapshot::{Entry, Resolution, Snapshot},
+    status::EndpointStatus,
 };
 use crate::error::{Error, Kind};
 
@@ -19,7 +20,11 @@ impl<S> Shared<S> {
     /// # Errors
     ///
     /// What is missing when the time is up, or that the pool has ended.
-    pub(crate) async fn enough(&self, n: usize, within: Duration) -> Result<(), Error> {
+    pub(crate) async fn enough(
+        &self,
+        n: usize,
+        within: Duration,
+    ) -> Result<Vec<EndpointStatus>, Error> {
         let _held = self.interest.hold();
         let mut time_up = std::pin::pin!(time::sleep(within));
         loop {
@@ -29,8 +34,12 @@ impl<S> Shared<S> {
                 let snapshot = self.snapshot.load();
                 match &snapshot.resolution {
                     Resolution::Stopped(_) => return Err(self.missing(&snapshot, n, within)),
-                    Resolution::Idle => self.interest.want(),
-                    _ if up(&snapshot) >= n => return Ok(()),
+                    _ if snapshot.asleep => self.interest.want(),
+                    _ if up(&snapshot).count() >= n => {
+                        let mut up: Vec<_> = up(&snapshot).map(|e| EndpointStatus::of(e)).collect();
+                        up.sort_by(|a, b| a.peer.id.cmp(&b.peer.id));
+                        return Ok(up);
+                    }
                     _ => {}
                 }
             }
@@ -57,7 +66,7 @@ impl<S> Shared<S> {
                     None => error,
                 }
             }
-            Resolution::Pending | Resolution::Idle => Error::new(Kind::RegistryUnreachable)
+            Resolution::Pending => Error::new(Kind::RegistryUnreachable)
                 .with_reason(format!("it did not answer within {within:?}; {wanted}")),
             Resolution::Failed(why) => Error::new(Kind::RegistryUnreachable)
                 .with_reason(format!("still after {within:?}; {wanted}"))
@@ -66,20 +75,16 @@ impl<S> Shared<S> {
                 Error::new(Kind::NoSession).with_reason(format!("{wanted} after {within:?}"))
             }
             Resolution::Known { .. } => {
-                let (up, known) = (up(snapshot), snapshot.all.len());
+                let (up, known) = (up(snapshot).count(), snapshot.all.len());
                 let mut text =
                     format!("{up} of {known} known are ready after {within:?}, {wanted}");
-                let unready = |entry: &&Arc<Entry<S>>| {
-                    let ready = entry.ready.as_ref().is_some_and(|ready| !ready.is_down());
-                    !ready || entry.target.stopping()
-                };
-                let unready = snapshot.all.values().filter(unready);
+                let unready = snapshot.all.values().filter(|entry| !is_up(entry));
                 for (i, entry) in unready.take(NAMED).enumerate() {
                     let trouble = entry.trouble();
                     text += if i == 0 { ": " } else { "; " };
                     text += &format!("{} {trouble}", trouble.name());
                 }
-                match (known - up).saturating_sub(NAMED) {
+                match known.saturating_sub(up + NAMED) {
                     0 => {}
                     more => text += &format!("; and {more} more"),
                 }
@@ -90,7 +95,12 @@ impl<S> Shared<S> {
     }
 }
 
-fn up<S>(snapshot: &Snapshot<S>) -> usize {
-    let ready = snapshot.ready.iter();
-    ready.filter(|ready| !ready.is_down()).count()
+/// Those that take anybody's calls.
+fn up<S>(snapshot: &Snapshot<S>) -> impl Iterator<Item = &Arc<Entry<S>>> {
+    snapshot.all.values().filter(|entry| is_up(entry))
+}
+
+fn is_up<S>(entry: &Entry<S>) -> bool {
+    let ready = entry.ready.as_ref().is_some_and(|ready| !ready.is_down());
+    ready && !entry.target.stopping()
 }

@@ -264,24 +264,21 @@ where
             bus: Bus::new(),
             idle_after: None,
         };
-        let mut once = Some(updates);
-        let source = move || Ok(once.take());
-        Self::with(role, config, setup, source, connect)
+        Self::with(role, config, setup, updates, connect)
     }
 
-    /// The same over a source that is begun again after the pool was idle; `None` is its end.
-    pub(crate) fn with<K, T, C, U>(
+    /// The same with what a manager has to say.
+    pub(crate) fn with<K, T, C>(
         role: impl Into<Arc<str>>,
         config: PoolConfig,
         setup: Setup,
-        source: impl FnMut() -> Result<Option<U>, Error> + Send + 'static,
+        updates: impl Stream<Item = Update<K, Arc<T>>> + Send + 'static,
         connect: C,
     ) -> Result<Self, Error>
     where
         K: Hash + Eq + Send + 'static,
         T: Target,
         C: Connect<T, Service = S>,
-        U: Stream<Item = Update<K, Arc<T>>> + Send + 'static,
     {
         let runtime = runtime::Handle::try_current().map_err(|error| {
             Error::invalid("pool", "made outside a tokio runtime").with_source(error)
@@ -299,7 +296,7 @@ where
         let (ending, ended) = watch::channel(());
         let task = runtime.spawn(async move {
             let _ending = ending;
-            driver.run(source, ends).await;
+            driver.run(updates, ends).await;
         });
         Ok(Self::from_inner(Inner {
             shared,

@@ -24,6 +24,8 @@ pub(crate) struct Snapshot<S> {
     pub(crate) all: IdMap<Arc<Entry<S>>>,
     /// How many of `all` have a first attempt under way, for which calls wait.
     pub(crate) connecting: usize,
+    /// Nobody uses it, so nobody is connected.
+    pub(crate) asleep: bool,
     pub(crate) resolution: Resolution,
 }
 
@@ -32,8 +34,6 @@ pub(crate) struct Snapshot<S> {
 pub(crate) enum Resolution {
     /// Nothing yet: calls wait.
     Pending,
-    /// Nobody has used it for long: it knows nobody, and whoever meets this wakes it and waits.
-    Idle,
     /// It failed before it ever answered: calls fail, saying so.
     Failed(SharedError),
     /// It has answered. `stale` since then and because of that, if it is failing now.
@@ -83,6 +83,8 @@ pub(crate) enum Phase {
     Offline,
     /// Not to be called, see [`Target::barred`].
     Barred,
+    /// Nobody uses the pool: whoever wants to call it wakes the pool, and waits.
+    Idle,
 }
 
 // === impl Snapshot ===
@@ -93,6 +95,7 @@ impl<S> Snapshot<S> {
             ready: ChunkedVec::new(),
             all: IdMap::new(),
             connecting: 0,
+            asleep: false,
             resolution: Resolution::Pending,
         }
     }
@@ -125,6 +128,14 @@ impl<S> Snapshot<S> {
         first.into_iter().chain(others).take(most)
     }
 
+    /// Whether there is anybody to be picked, connected or not.
+    pub(crate) fn could_be_picked(&self, pinned: Option<&InstanceId>) -> bool {
+        match pinned {
+            Some(instance) => self.all.get(instance.id()).is_some(),
+            None => self.all.len() > 0,
+        }
+    }
+
     /// A few endpoints that could not be called, to be named in an error.
     pub(crate) fn troubles(&self) -> Vec<Trouble> {
         self.all.values().take(3).map(|e| e.trouble()).collect()
@@ -137,6 +148,7 @@ impl<S> Clone for Snapshot<S> {
             ready: self.ready.clone(),
             all: self.all.clone(),
             connecting: self.connecting,
+            asleep: self.asleep,
             resolution: self.resolution.clone(),
         }
     }
@@ -162,6 +174,7 @@ impl<S> Entry<S> {
             Phase::Retrying => "reconnecting",
             Phase::Offline => "offline",
             Phase::Barred => "not to be called",
+            Phase::Idle => "idle",
         };
         let last = match self.target.barred() {
             Some(why) => Some((Instant::now(), Arc::new(why) as SharedError)),

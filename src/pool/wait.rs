@@ -189,13 +189,13 @@ impl<S> Shared<S> {
                 });
             }
             Resolution::Pending => return Unpicked::Wait,
-            // As before its first resolution.
-            Resolution::Idle => {
-                self.interest.want();
-                return Unpicked::Wait;
-            }
             Resolution::Failed(why) => {
                 Error::new(Kind::RegistryUnreachable).with_shared_source(why.clone())
+            }
+            // As if each were connected for the first time.
+            Resolution::Known { .. } if snapshot.asleep && snapshot.could_be_picked(pinned) => {
+                self.interest.want();
+                return Unpicked::Wait;
             }
             Resolution::Known { .. } => match pinned {
                 Some(instance) => match snapshot.all.get(&instance.0) {
@@ -226,9 +226,7 @@ impl<S> Shared<S> {
         let waited = format!("no endpoint was ready within {:?}", self.config.max_wait);
         match self.unpicked(snapshot, pinned, false) {
             Unpicked::Fail(error) => error,
-            Unpicked::Wait
-                if matches!(snapshot.resolution, Resolution::Pending | Resolution::Idle) =>
-            {
+            Unpicked::Wait if matches!(snapshot.resolution, Resolution::Pending) => {
                 Error::new(Kind::RegistryUnreachable).with_reason(waited)
             }
             Unpicked::Wait if snapshot.all.len() > 0 => {

@@ -1,12 +1,14 @@
 //! The end of a pool: as it was ordered, or as its driver is dropped.
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::{hash::Hash, sync::atomic::Ordering, time::Duration};
 
 use tokio::{sync::watch, time};
 
-use super::{Driver, Known};
+use super::{Driver, Known, Updates, next};
 use crate::{
-    endpoint::{Connect, task::Command},
+    Backoff,
+    discover::{Change, Update},
+    endpoint::{Connect, Target, task::Command},
     error::Kind,
     pool::{
         End,
@@ -17,18 +19,27 @@ use crate::{
 /// How long closing may take once it was ordered.
 const CLOSING: Duration = Duration::from_secs(2);
 
-impl<K, T, C: Connect<T>> Driver<K, T, C> {
+impl<K, T, C> Driver<K, T, C>
+where
+    K: Hash + Eq + Send + 'static,
+    T: Target,
+    C: Connect<T>,
+{
     /// Lets the calls in flight go on until the time that was ordered, which a later order may bring forward; then
     /// closes.
-    pub(super) async fn end(mut self, mut ends: watch::Receiver<Option<End>>) {
+    pub(super) async fn end(
+        mut self,
+        mut updates: Updates<K, T>,
+        mut ends: watch::Receiver<Option<End>>,
+    ) {
         let Some(End { mut by, why }) = *ends.borrow_and_update() else {
             return;
         };
         self.stopped = true;
-        // Draining => Closing
-        let left = by.saturating_duration_since(time::Instant::now());
-        if !left.is_zero() {
-            self.close(&Command::Drain(left), why);
+        // Draining => (closing | ended)
+        if by > time::Instant::now() {
+            // The bound is this loop's, whose word is also what the calls hear that it ends.
+            self.close(&Command::Drain(Backoff::LONGEST), why);
             loop {
                 tokio::select! {
                     biased;
@@ -38,6 +49,12 @@ impl<K, T, C: Connect<T>> Driver<K, T, C> {
                         if let Some(end) = &*ends.borrow_and_update() {
                             by = end.by;
                         }
+                    }
+                    update = next(&mut updates) => match update {
+                        // Its calls in flight end, now as ever.
+                        Ok(Some(Update::Change(Change::Remove(key)))) => self.is_gone(&key),
+                        Ok(Some(_)) => {}
+                        Ok(None) | Err(_) => updates = None,
                     }
                 }
             }
@@ -49,9 +66,29 @@ impl<K, T, C: Connect<T>> Driver<K, T, C> {
         let _ = time::timeout(CLOSING, ended).await;
     }
 
+    fn is_gone(&mut self, key: &K) {
+        let known = self.by_key.get(key);
+        let known = known.and_then(|number| self.endpoints.get(number));
+        if let Some(known) = known.filter(|known| !known.target.stopping()) {
+            known.end(Command::Close(Kind::SessionDeleted, None));
+        }
+    }
+}
+
+impl<K, T, C: Connect<T>> Driver<K, T, C> {
     /// Has every endpoint end like this, and leaves a snapshot that says so and holds no service.
     fn close(&mut self, how: &Command, why: Option<&'static str>) {
-        self.let_go_of_all(how);
+        for known in self.endpoints.values_mut() {
+            if let Some(ready) = known.ready.take() {
+                ready.mark_down();
+            }
+            known.end(how.clone());
+        }
+        if let Command::Close(..) = how {
+            for task in &self.draining {
+                task.commands.send_replace(how.clone());
+            }
+        }
         self.next = Snapshot::empty();
         self.next.resolution = Resolution::Stopped(match self.stopped {
             true => why,
@@ -60,34 +97,6 @@ impl<K, T, C: Connect<T>> Driver<K, T, C> {
         });
         self.dirty = true;
         self.publish();
-    }
-
-    /// Has every endpoint end like this, and forgets it. They still count among those that are draining.
-    pub(super) fn let_go_of_all(&mut self, how: &Command) {
-        self.draining.retain(|task| !task.commands.is_closed());
-        for task in &self.draining {
-            if let Command::Close(..) = how {
-                task.commands.send_replace(how.clone());
-            }
-        }
-        for (_, mut known) in self.endpoints.drain() {
-            if let Some(ready) = &known.ready {
-                ready.mark_down();
-            }
-            known.end(how.clone());
-            self.draining.extend(known.task.take());
-        }
-        self.by_key.clear();
-        self.ids.clear();
-    }
-
-    pub(super) fn publish(&mut self) {
-        if std::mem::take(&mut self.dirty) {
-            self.shared
-                .snapshot
-                .store(std::sync::Arc::new(self.next.clone()));
-            self.shared.changed.notify_waiters();
-        }
     }
 }
 

@@ -1,4 +1,5 @@
-//! When nobody has used a pool for long: it lets go of its connections, and of the registry, until somebody does.
+//! When nobody has used a pool for long: it lets go of its connections until somebody does. It goes on listening to
+//! discovery, so that whoever comes finds the endpoints known, whether the registry answers by then or not.
 
 use std::{future::pending, time::Duration};
 
@@ -6,9 +7,10 @@ use tokio::time::{Interval, MissedTickBehavior, interval_at};
 
 use super::Driver;
 use crate::{
-    endpoint::{Connect, task::Command},
+    Backoff,
+    endpoint::{Connect, Target, task::Command},
     events::EventKind,
-    pool::snapshot::{Resolution, Snapshot},
+    pool::snapshot::{Phase, State},
 };
 
 /// Into how many looks the time is divided: so idleness is noticed at most a quarter late, and no call reads a
@@ -59,26 +61,61 @@ impl Sweeps {
 
 // === impl Driver ===
 
-impl<K, T, C: Connect<T>> Driver<K, T, C> {
-    pub(super) fn is_idle(&self) -> bool {
-        matches!(self.next.resolution, Resolution::Idle)
-    }
-
+impl<K, T, C> Driver<K, T, C>
+where
+    K: std::hash::Hash + Eq + Send + 'static,
+    T: Target,
+    C: Connect<T>,
+{
     /// Whether anybody has used it since the last look, or is about to.
     pub(super) fn was_used(&self) -> bool {
-        let held = self.shared.interest.forget();
+        let mut used = self.shared.interest.forget();
         // All of them, so that each says so only once.
-        let used = self.endpoints.values().filter_map(|e| e.ready.as_ref());
-        held | used.fold(false, |any, ready| any | ready.take_used())
+        for known in self.endpoints.values() {
+            used |= known.ready.as_ref().is_some_and(|ready| ready.take_used());
+            used |= known.retired.iter().any(|calls| calls.current() > 0);
+        }
+        used
     }
 
-    /// Calls that were picked for an instant ago still find their connections, and finish on them.
-    pub(super) fn become_idle(&mut self) {
-        self.let_go_of_all(&Command::Drain(self.shared.config.drain));
-        self.next = Snapshot::empty();
-        self.next.resolution = Resolution::Idle;
-        self.failing_since = None;
+    /// Lets go of all connections. A call that was picked for an instant ago still has its own, and finishes on it.
+    pub(super) fn sleep(&mut self) {
+        self.asleep = true;
+        self.next.asleep = true;
+        let numbers: Vec<_> = self.endpoints.keys().copied().collect();
+        for number in numbers {
+            let Some(known) = self.endpoints.get_mut(&number) else {
+                continue;
+            };
+            known.end(Command::Drain(Backoff::LONGEST));
+            let Some(task) = known.task.take() else {
+                continue;
+            };
+            if let Some(ready) = known.ready.take() {
+                ready.mark_down();
+            }
+            known.state = State::new(Phase::Idle);
+            self.draining.retain(|task| !task.commands.is_closed());
+            self.draining.push(task);
+            self.show(number);
+        }
         self.dirty = true;
-        self.setup.bus.tell(&self.shared.role, EventKind::Idle);
+        self.tell(EventKind::Idle);
+    }
+
+    /// Connects all that are known.
+    pub(super) fn wake(&mut self) {
+        self.asleep = false;
+        self.next.asleep = false;
+        let mut by_key = std::mem::take(&mut self.by_key);
+        for number in by_key.values_mut() {
+            let known = self.endpoints.get(number);
+            if known.is_some_and(|known| known.state.phase == Phase::Idle) {
+                *number = self.start(*number);
+            }
+        }
+        self.by_key = by_key;
+        self.dirty = true;
+        self.tell(EventKind::Woken);
     }
 }

@@ -30,11 +30,11 @@ use super::{
 use crate::{
     discover::{Change, Update},
     endpoint::{
-        Connect, Target,
+        Connect, Target, load,
         ready::Ready,
         task::{Command, Endpoint, Event},
     },
-    error::{BoxError, Error, Kind, SharedError},
+    error::{BoxError, Kind, Peer, SharedError},
     events::EventKind,
 };
 
@@ -47,6 +47,8 @@ pub(super) struct Driver<K, T, C: Connect<T>> {
     setup: Setup,
     connect: Arc<C>,
     dials: Arc<Semaphore>,
+    /// Half of them: as many may be probing whoever is offline.
+    probes: Arc<Semaphore>,
     /// The next snapshot, in the making.
     next: Snapshot<C::Service>,
     dirty: bool,
@@ -64,6 +66,10 @@ pub(super) struct Driver<K, T, C: Connect<T>> {
     draining: Vec<Task>,
     /// Since when discovery fails.
     failing_since: Option<Instant>,
+    /// Nobody uses it, so nobody is connected.
+    asleep: bool,
+    /// What is told once the snapshot is there that it is true of.
+    told: Vec<EventKind>,
 }
 
 /// What discovery says, while it says something.
@@ -80,7 +86,9 @@ struct Known<T, S> {
     awaited: bool,
     /// Since when it has not been connected, if it ever was.
     lost: Option<Instant>,
-    /// None while it is barred.
+    /// Calls on connections that it had before.
+    retired: Vec<load::Watched<Peer>>,
+    /// None while it is barred, or all are asleep.
     task: Option<Task>,
 }
 
@@ -99,6 +107,7 @@ where
         let (events_tx, events) = mpsc::unbounded_channel();
         Self {
             dials: Arc::new(Semaphore::new(shared.config.max_dials)),
+            probes: Arc::new(Semaphore::new(shared.config.max_dials.div_ceil(2))),
             shared,
             setup,
             connect: Arc::new(connect),
@@ -114,20 +123,20 @@ where
             tasks: JoinSet::new(),
             draining: Vec::new(),
             failing_since: None,
+            asleep: false,
+            told: Vec::new(),
         }
     }
 
     /// Runs until `ends` says so, or until it is dropped with all it spawned.
-    pub(super) async fn run<U>(
+    pub(super) async fn run(
         mut self,
-        mut source: impl FnMut() -> Result<Option<U>, Error>,
+        updates: impl Stream<Item = Update<K, Arc<T>>> + Send + 'static,
         mut ends: watch::Receiver<Option<End>>,
-    ) where
-        U: Stream<Item = Update<K, Arc<T>>> + Send + 'static,
-    {
-        self.tell(EventKind::Watching);
-        let mut updates = self.begin(&mut source);
+    ) {
+        let mut updates: Updates<K, T> = Some(Box::pin(updates));
         let mut sweeps = Sweeps::new(self.setup.idle_after);
+        self.tell(EventKind::Watching);
         self.publish();
         loop {
             // Whichever has something; then all that is there besides, up to a bound for each, and one
@@ -138,17 +147,14 @@ where
                 Some((key, event)) = self.events.recv() => self.on_event(key, event),
                 update = next(&mut updates) => self.on_update(&mut updates, update),
                 Some(_) = self.tasks.join_next() => {}
-                // Idle => Pending
-                () = self.shared.interest.wanted(), if self.is_idle() => {
-                    self.tell(EventKind::Woken);
-                    updates = self.begin(&mut source);
+                () = self.shared.interest.wanted(), if self.asleep => {
+                    self.wake();
                     sweeps.reset();
                 }
-                // Pending, Failed, Known => Idle
-                () = sweeps.due(), if !self.is_idle() => {
-                    if sweeps.quiet(self.was_used()) {
-                        updates = None;
-                        self.become_idle();
+                () = sweeps.due(), if !self.asleep => {
+                    let used = self.was_used();
+                    if sweeps.quiet(used) {
+                        self.sleep();
                     }
                 }
             }
@@ -171,32 +177,7 @@ where
                 tokio::task::yield_now().await;
             }
         }
-        self.end(ends).await;
-    }
-
-    /// Begins to listen to discovery, for the first time or after it was idle.
-    fn begin<U>(&mut self, source: &mut impl FnMut() -> Result<Option<U>, Error>) -> Updates<K, T>
-    where
-        U: Stream<Item = Update<K, Arc<T>>> + Send + 'static,
-    {
-        self.next.resolution = Resolution::Pending;
-        self.dirty = true;
-        // A user's registry may panic.
-        match panic::catch_unwind(AssertUnwindSafe(source)) {
-            Ok(Ok(Some(updates))) => Some(Box::pin(updates)),
-            Ok(Ok(None)) => {
-                self.over();
-                None
-            }
-            Ok(Err(error)) => {
-                self.stale(Arc::new(error));
-                None
-            }
-            Err(_panic) => {
-                self.stale(panicked("the registry panicked when asked for the role"));
-                None
-            }
-        }
+        self.end(updates, ends).await;
     }
 
     /// Takes in what discovery said; `updates` becomes none when there is nothing more to come.
@@ -261,9 +242,7 @@ where
             self.tell(EventKind::RegistryStale { why: why.clone() });
         }
         self.next.resolution = match &self.next.resolution {
-            Resolution::Pending | Resolution::Idle | Resolution::Failed(_) => {
-                Resolution::Failed(why)
-            }
+            Resolution::Pending | Resolution::Failed(_) => Resolution::Failed(why),
             Resolution::Known { stale } => Resolution::Known {
                 stale: Some(Stale {
                     since: stale.as_ref().map_or_else(SystemTime::now, |s| s.since),
@@ -297,7 +276,8 @@ where
         }
         known.target = target.clone();
         match (target.barred(), &known.task) {
-            (Some(why), Some(_)) => {
+            (Some(_), _) if known.state.phase == Phase::Barred => {}
+            (Some(why), _) => {
                 known.end(Command::Close(why.kind(), why.reason()));
                 known.task = None;
                 known.state = State::new(Phase::Barred);
@@ -307,11 +287,12 @@ where
                 let why = Arc::new(why);
                 self.tell(EventKind::Barred { peer, why });
             }
-            // Under a new number: what its old task still has to say is not taken for the new one's.
+            // It was barred, or all are asleep.
             (None, None) => {
-                self.endpoints.remove(&number);
                 self.tell(EventKind::Updated { peer });
-                return self.add(key, target);
+                let number = self.start(number);
+                self.by_key.insert(key, number);
+                return;
             }
             (None, Some(task)) => {
                 task.nudge.notify_one();
@@ -320,7 +301,6 @@ where
                     _ => EventKind::Updated { peer },
                 });
             }
-            (Some(_), None) => {}
         }
         self.show(number);
     }
@@ -328,28 +308,53 @@ where
     fn add(&mut self, key: K, target: Arc<T>) {
         self.last_key += 1;
         let number = self.last_key;
-        self.by_key.insert(key, number);
-        let peer = target.peer().clone();
-        let (task, phase) = match target.barred() {
-            None => (Some(self.spawn(number, &target)), Phase::Connecting),
-            Some(why) => {
-                let why = Arc::new(why);
-                self.tell(EventKind::Barred { peer, why });
-                (None, Phase::Barred)
-            }
-        };
+        *self.ids.entry(target.peer().id.clone()).or_default() += 1;
+        let barred = target.barred();
         let known = Known {
-            target,
-            state: State::new(phase),
+            state: State::new(match barred {
+                Some(_) => Phase::Barred,
+                None => Phase::Idle,
+            }),
             ready: None,
             index: None,
             awaited: false,
             lost: None,
-            task,
+            retired: Vec::new(),
+            task: None,
+            target,
         };
-        *self.ids.entry(known.target.peer().id.clone()).or_default() += 1;
+        let peer = known.target.peer().clone();
         self.endpoints.insert(number, known);
-        self.show(number);
+        let number = match barred {
+            Some(why) => {
+                let why = Arc::new(why);
+                self.tell(EventKind::Barred { peer, why });
+                self.show(number);
+                number
+            }
+            None => self.start(number),
+        };
+        self.by_key.insert(key, number);
+    }
+
+    /// Has an endpoint that has no task connect, unless all are asleep. It gets a new number, which is returned: what
+    /// a task that it had before still has to say is not taken for this one's.
+    fn start(&mut self, number: u64) -> u64 {
+        let Some(mut known) = self.endpoints.remove(&number) else {
+            return number;
+        };
+        self.last_key += 1;
+        let new = self.last_key;
+        known.state = match self.asleep {
+            true => State::new(Phase::Idle),
+            false => {
+                known.task = Some(self.spawn(new, &known.target));
+                State::new(Phase::Connecting)
+            }
+        };
+        self.endpoints.insert(new, known);
+        self.show(new);
+        new
     }
 
     fn remove(&mut self, key: &K) {
@@ -440,7 +445,10 @@ where
                 })
             }
             Event::Lost { why } => {
-                known.ready = None;
+                known.retired.retain(|calls| calls.current() > 0);
+                if let Some(ready) = known.ready.take() {
+                    known.retired.push(ready.load.watch());
+                }
                 known.lost = Some(Instant::now());
                 state.enter(Phase::Retrying);
                 state.last_error = Some((Instant::now(), why.clone()));
@@ -494,6 +502,7 @@ where
             commands,
             nudge: nudge.clone(),
             dials: self.dials.clone(),
+            probes: self.probes.clone(),
             retired: Vec::new(),
         };
         self.tasks.spawn(endpoint.supervise());
@@ -552,8 +561,20 @@ where
 }
 
 impl<K, T, C: Connect<T>> Driver<K, T, C> {
-    fn tell(&self, event: EventKind) {
-        self.setup.bus.tell(&self.shared.role, event);
+    /// Tells it with the next snapshot: whoever hears of a connection can call it.
+    fn tell(&mut self, event: EventKind) {
+        self.told.push(event);
+    }
+
+    /// Stores the snapshot, wakes whoever waits for it, and tells what has happened, in this order.
+    fn publish(&mut self) {
+        if std::mem::take(&mut self.dirty) {
+            self.shared.snapshot.store(Arc::new(self.next.clone()));
+            self.shared.changed.notify_waiters();
+        }
+        for event in self.told.drain(..) {
+            self.setup.bus.tell(&self.shared.role, event);
+        }
     }
 }
 

@@ -11,10 +11,11 @@ use crate::discover::Member;
 
 impl Serialize for Status {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        let mut to = to.serialize_struct("Status", 4)?;
+        let mut to = to.serialize_struct("Status", 5)?;
         to.serialize_field("role", &*self.role)?;
         to.serialize_field("registry", &self.discovery)?;
         to.serialize_field("ready", &self.ready())?;
+        to.serialize_field("idle", &self.idle)?;
         to.serialize_field("instances", &self.endpoints)?;
         to.end()
     }
@@ -46,7 +47,6 @@ impl Serialize for Discovery {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         let (state, since, why) = match self {
             Self::Pending => ("pending", None, None),
-            Self::Idle => ("idle", None, None),
             Self::Failed(why) => ("failed", None, Some(why)),
             Self::Fresh => ("fresh", None, None),
             Self::Stale { since, why } => ("stale", Some(*since), Some(why)),

@@ -23,6 +23,8 @@ pub struct Status {
     pub role: Arc<str>,
     /// How discovery is doing.
     pub discovery: Discovery,
+    /// Whether nobody has used it for so long that nobody is connected.
+    pub idle: bool,
     /// All its endpoints, by id.
     pub endpoints: Vec<EndpointStatus>,
 }
@@ -33,8 +35,6 @@ pub struct Status {
 pub enum Discovery {
     /// It has not answered yet.
     Pending,
-    /// Nobody has used the role for long, so it is not looked for until somebody does.
-    Idle,
     /// It has never answered, because of this.
     Failed(SharedError),
     /// It is up to date.
@@ -87,6 +87,8 @@ pub enum Connectivity {
     Retrying,
     /// It could not be reached several times; the slow probe, or the registry's next word, tries again.
     Offline,
+    /// Nobody uses the role, so it is not connected; the next call to the role connects it, and waits for that.
+    Idle,
     /// It must not be called, whatever is registered: its address belongs to another now.
     Barred,
 }
@@ -107,7 +109,6 @@ impl<S, P> Pool<S, P> {
             role: self.role_arc(),
             discovery: match &snapshot.resolution {
                 Resolution::Pending => Discovery::Pending,
-                Resolution::Idle => Discovery::Idle,
                 Resolution::Failed(why) => Discovery::Failed(why.clone()),
                 Resolution::Known { stale: None } => Discovery::Fresh,
                 Resolution::Known { stale: Some(stale) } => Discovery::Stale {
@@ -116,6 +117,7 @@ impl<S, P> Pool<S, P> {
                 },
                 Resolution::Stopped(_) => Discovery::Stopped,
             },
+            idle: snapshot.asleep,
             endpoints,
         }
     }
@@ -162,6 +164,7 @@ impl Connectivity {
             Self::Retrying => "retrying",
             Self::Offline => "offline",
             Self::Barred => "barred",
+            Self::Idle => "idle",
         }
     }
 
@@ -173,6 +176,7 @@ impl Connectivity {
             Phase::Retrying => Self::Retrying,
             Phase::Offline => Self::Offline,
             Phase::Barred => Self::Barred,
+            Phase::Idle => Self::Idle,
         }
     }
 }

@@ -25,7 +25,11 @@ impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (ready, all) = (self.ready(), self.endpoints.len());
         let (role, discovery) = (&self.role, &self.discovery);
-        writeln!(f, "{role}: {ready} of {all} ready, registry {discovery}")?;
+        let idle = if self.idle { ", idle" } else { "" };
+        writeln!(
+            f,
+            "{role}: {ready} of {all} ready{idle}, registry {discovery}"
+        )?;
         let lines: Vec<_> = self.endpoints.iter().map(cells).collect();
         if lines.is_empty() {
             return Ok(());
@@ -97,7 +101,6 @@ impl fmt::Display for Discovery {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Pending => f.write_str("pending"),
-            Self::Idle => f.write_str("idle"),
             Self::Failed(why) => write!(f, "failed: {why}"),
             Self::Fresh => f.write_str("fresh"),
             Self::Stale { since, why } => write!(f, "stale for {}: {why}", Age(*since)),
