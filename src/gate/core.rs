@@ -170,6 +170,14 @@ impl Core {
         self.look(Inside::why)
     }
 
+    /// Returns when it is not open: at once if it is not now.
+    ///
+    /// Cancel safe. A gate that shuts and opens again before this is polled goes unnoticed.
+    pub(crate) async fn went_shut(&self) {
+        self.until(|inside| (inside.phase != Phase::Open).then_some(()))
+            .await;
+    }
+
     /// Returns when it lets nobody through, not even a probe.
     pub(super) async fn went_past(&self) {
         self.until(|inside| (inside.phase > Phase::Vacant).then_some(()))

@@ -1,11 +1,12 @@
 use std::{
     io,
     panic::{AssertUnwindSafe, catch_unwind},
+    pin::pin,
     sync::{
         Barrier,
         atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     },
-    task::{Context, Poll, Waker},
+    task::{Context, Poll, Wake, Waker},
     thread,
     time::Duration,
 };
@@ -654,4 +655,39 @@ fn in_a_storm_of_flips_a_slot_has_one_holder_and_is_never_lost() {
     gate.half_open();
     let slot = gate.take_slot();
     assert!(slot.is_some() && gate.take_slot().is_none());
+}
+
+#[test]
+fn no_wait_misses_the_shut_that_it_races_with() {
+    #[derive(Default)]
+    struct Woken(AtomicBool);
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+    for round in 0..ROUNDS {
+        let (core, arrived) = (Core::new(), AtomicUsize::new(0));
+        let woken = Arc::new(Woken::default());
+        let waker = Waker::from(woken.clone());
+        let mut wait = pin!(core.went_shut());
+        let late = round % 100;
+        thread::scope(|scope| {
+            let shutter = scope.spawn(|| {
+                start(&arrived, 2);
+                (0..late).for_each(|_| std::hint::spin_loop());
+                assert!(core.shut("gone"));
+                assert!(!core.shut("gone again"));
+            });
+            start(&arrived, 2);
+            let first = wait.as_mut().poll(&mut Context::from_waker(&waker));
+            shutter.join().unwrap();
+            if first.is_pending() {
+                let woken = woken.0.load(Ordering::SeqCst);
+                assert!(woken, "nobody wakes it, in round {round}");
+                assert!(wait.now_or_never().is_some());
+            }
+        });
+        assert_eq!(core.reason(), "gone");
+    }
 }

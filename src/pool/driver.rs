@@ -237,7 +237,7 @@ where
                 known.task = None;
                 known.state = State::new(Phase::Barred);
                 if let Some(ready) = known.ready.take() {
-                    ready.mark_down();
+                    ready.mark_down(why.to_string());
                 }
             }
             // Under a new number: what its old task still has to say is not taken for the new one's.
@@ -299,7 +299,7 @@ where
             self.draining.retain(|task| !task.commands.is_closed());
             self.draining.extend(known.task.take());
         } else if let Some(ready) = &known.ready {
-            ready.mark_down();
+            ready.mark_down("session deleted");
         }
         self.unlist(&mut known);
         if known.awaited {
@@ -463,7 +463,7 @@ impl<K, T, C: Connect<T>> Driver<K, T, C> {
     fn close(&mut self, how: &Command) {
         for known in self.endpoints.values() {
             if let Some(ready) = &known.ready {
-                ready.mark_down();
+                ready.mark_down("stopped");
             }
             known.end(how.clone());
         }
