@@ -1,4 +1,4 @@
-//! What the pool adds to a service that does nothing, beside tower's `Balance` and `Buffer` over `Balance`.
+//! What the pool and the gate add to a service that does nothing, beside tower's `Balance` and `Buffer` over `Balance`.
 
 mod support;
 
@@ -23,9 +23,11 @@ fn overhead(c: &mut Criterion) {
             .sample_size(20)
             .warm_up_time(Duration::from_millis(200))
             .measurement_time(Duration::from_secs(1));
-        group.bench_function("inner", |b| {
-            b.iter_custom(|calls| Through::Inner.time(&runtime, 1, callers, calls));
-        });
+        for through in [Through::Inner, Through::Gate] {
+            group.bench_function(through.name(), |b| {
+                b.iter_custom(|calls| through.time(&runtime, 1, callers, calls));
+            });
+        }
         for through in [Through::Pool, Through::Balance, Through::BufferBalance] {
             if through == Through::Balance && callers > 1 {
                 continue;
@@ -47,11 +49,21 @@ fn nowhere(c: &mut Criterion) {
     });
 }
 
+fn shut(c: &mut Criterion) {
+    let runtime = Threads::One.runtime();
+    for (owned, name) in [(false, "a literal"), (true, "a String")] {
+        c.bench_function(&format!("a call at a shut gate, for {name}"), |b| {
+            b.iter_custom(|calls| black_box(pools::time_shut(&runtime, owned, calls)));
+        });
+    }
+}
+
 /// Not a time, so printed beside criterion's.
 fn allocations(_: &mut Criterion) {
     let runtime = Threads::One.runtime();
     for through in [
         Through::Inner,
+        Through::Gate,
         Through::Pool,
         Through::Balance,
         Through::BufferBalance,
@@ -61,5 +73,5 @@ fn allocations(_: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, overhead, nowhere, allocations);
+criterion_group!(benches, overhead, nowhere, shut, allocations);
 criterion_main!(benches);

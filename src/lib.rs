@@ -60,8 +60,9 @@
 //! # Parts to take alone
 //!
 //! [`Pool`] balances any tower `Service + Clone` from any tower `Discover`; [`DeadlineLayer`] wraps any
-//! service over `http` types; a [`Connect`](endpoint::Connect) of one's own takes the place of the
-//! [`transport`]. Without default features there is no HTTP/2 and no registry in the build.
+//! service over `http` types; [`GateLayer`] wraps any service at all, and its [`Gate`] is flipped from
+//! outside, to fail calls at once while it is shut; a [`Connect`](endpoint::Connect) of one's own takes the place
+//! of the [`transport`]. Without default features there is no HTTP/2 and no registry in the build.
 //!
 //! # What it is not
 //!
@@ -79,6 +80,7 @@ pub mod discover;
 pub mod endpoint;
 pub mod error;
 pub mod events;
+pub mod gate;
 #[cfg(feature = "manager")]
 pub mod manager;
 pub mod pool;
@@ -91,6 +93,7 @@ pub mod transport;
 pub use backoff::Backoff;
 pub use deadline::DeadlineLayer;
 pub use error::{Error, Kind, Sent};
+pub use gate::{Gate, GateLayer};
 #[cfg(feature = "manager")]
 pub use manager::{Channel, ConnectionManager};
 pub use pool::{InstanceId, Pool, WaitForReady};

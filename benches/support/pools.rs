@@ -12,13 +12,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use switchboard::{Pool, pool::Plain};
+use switchboard::{Gate, GateLayer, Kind, Pool, pool::Plain};
 use tokio::{runtime::Runtime, task::JoinSet};
 use tower::{
     Service, ServiceExt as _,
     balance::p2c::Balance,
     buffer::Buffer,
     discover::ServiceList,
+    layer::Layer as _,
     load::{CompleteOnResponse, PendingRequests},
 };
 
@@ -33,6 +34,8 @@ pub(crate) struct Inner;
 pub(crate) enum Through {
     /// The inner service itself: what all others add to.
     Inner,
+    /// A gate of ours before it, which is open.
+    Gate,
     /// Our pool.
     Pool,
     /// Tower's `Balance`. It is no `Clone`: a caller must have it for itself.
@@ -92,6 +95,10 @@ impl Through {
         runtime.block_on(async {
             match self {
                 Self::Inner => shared(Inner, callers, count).await,
+                Self::Gate => {
+                    let layer = GateLayer::new(Gate::new());
+                    shared(layer.layer(Inner), callers, count).await
+                }
                 Self::Pool => shared(pool(endpoints).await, callers, count).await,
                 Self::Balance => {
                     assert_eq!(callers, 1, "Balance is not shared");
@@ -124,7 +131,7 @@ impl Through {
     /// How many calls take it some 5 ms.
     pub(crate) const fn slice(self) -> u64 {
         match self {
-            Self::Inner | Self::Pool => 150_000,
+            Self::Inner | Self::Gate | Self::Pool => 150_000,
             Self::Balance => 50_000,
             Self::BufferBalance => 5_000,
         }
@@ -133,6 +140,7 @@ impl Through {
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Inner => "inner",
+            Self::Gate => "gate, open",
             Self::Pool => "pool",
             Self::Balance => "Balance",
             Self::BufferBalance => "Buffer(Balance)",
@@ -197,6 +205,26 @@ pub(crate) fn time_nowhere(runtime: &Runtime, count: u64) -> Duration {
         for i in 0..count {
             let failed = pool.call(i).await;
             assert!(black_box(failed).is_err());
+        }
+        began.elapsed()
+    })
+}
+
+/// How long a call takes to fail at a gate that is shut, with a reason that is `owned` or a literal.
+pub(crate) fn time_shut(runtime: &Runtime, owned: bool, count: u64) -> Duration {
+    runtime.block_on(async {
+        let gate = Gate::new();
+        match owned {
+            true => gate.shut(String::from("session deleted")),
+            false => gate.shut("session deleted"),
+        };
+        let mut service = GateLayer::new(gate).layer(Inner);
+        let failed = service.ready().await.expect("always").call(0).await;
+        assert_eq!(failed.expect_err("it is shut").kind(), Kind::Shut);
+        let began = Instant::now();
+        for i in 0..count {
+            let ready = service.ready().await.expect("always");
+            assert!(black_box(ready.call(i).await).is_err());
         }
         began.elapsed()
     })

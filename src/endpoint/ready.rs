@@ -1,24 +1,22 @@
 //! A connected endpoint, as calls see it.
 
 use std::{
+    borrow::Cow,
     fmt,
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use tokio::sync::Notify;
-
 use super::load::{Guard, Load};
-use crate::error::Peer;
+use crate::{error::Peer, gate::Core};
 
 /// An endpoint that is connected: one for each connection that it has in its life.
 pub(crate) struct Ready<S> {
     pub(crate) service: S,
     pub(crate) load: Load<Peer>,
     pub(crate) key: u64,
-    // Set by the first call that finds the service done for. Later picks pass it by at once, without
+    // Shut, for good, by the first call that finds the service done for. Later picks pass it by at once, without
     // waiting for the driver: a dead peer has no load, and would attract them all.
-    down: AtomicBool,
-    went_down: Notify,
+    gate: Core,
     // Whether it had a call since that was last asked.
     used: AtomicBool,
 }
@@ -31,8 +29,7 @@ impl<S> Ready<S> {
             service,
             load: Load::new(peer.clone()),
             key,
-            down: AtomicBool::new(false),
-            went_down: Notify::new(),
+            gate: Core::new(),
             used: AtomicBool::new(false),
         }
     }
@@ -53,21 +50,19 @@ impl<S> Ready<S> {
         self.used.swap(false, Ordering::Relaxed) || self.load.current() > 0
     }
 
-    /// Whether a call has found it done for. Relaxed: a pick that just misses it finds out for itself.
+    /// Whether a call has found it done for. One relaxed load: a pick that just misses it finds out for itself.
     pub(crate) fn is_down(&self) -> bool {
-        self.down.load(Ordering::Relaxed)
+        !self.gate.is_open()
     }
 
-    /// Takes it out of the picks, and lets its endpoint know.
-    pub(crate) fn mark_down(&self) {
-        if !self.down.swap(true, Ordering::Relaxed) {
-            // Keeps a permit if nobody waits yet, so the endpoint cannot miss it.
-            self.went_down.notify_one();
-        }
+    /// Takes it out of the picks, and lets its endpoint know. The first reason stays.
+    pub(crate) fn mark_down(&self, why: impl Into<Cow<'static, str>>) {
+        self.gate.shut(why);
     }
 
+    /// Returns when it is down, at once if it is already: the endpoint cannot miss it.
     pub(crate) async fn went_down(&self) {
-        self.went_down.notified().await;
+        self.gate.went_shut().await;
     }
 }
 
@@ -75,7 +70,7 @@ impl<S> fmt::Debug for Ready<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Ready")
             .field("load", &self.load)
-            .field("down", &self.is_down())
+            .field("gate", &self.gate)
             .finish_non_exhaustive()
     }
 }

@@ -223,7 +223,7 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
             biased;
             ended = ended(&mut self.commands) => Err(ended),
             why = over(lifeline) => {
-                ready.mark_down();
+                ready.mark_down(why.to_string());
                 Ok(why)
             }
             () = ready.went_down() => {

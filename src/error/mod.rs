@@ -54,6 +54,8 @@ pub enum Kind {
     NotConnected,
     /// Who is connected has no room for another call: all streams that it allows are in use. `UNAVAILABLE`.
     Busy,
+    /// A [`Gate`](crate::Gate) is shut; the reason says why. `UNAVAILABLE`.
+    Shut,
     /// The registry has never answered, so nothing is known of the role. `UNAVAILABLE`.
     RegistryUnreachable,
     /// The registry answered, and refused: a permission is missing, a limit is reached, others were faster too often.
@@ -273,6 +275,7 @@ impl Error {
                 | Kind::UnknownPeer
                 | Kind::NotConnected
                 | Kind::Busy
+                | Kind::Shut
                 | Kind::RegistryUnreachable
                 | Kind::SessionDeleted
                 | Kind::ConnectionLost

@@ -53,6 +53,7 @@ impl fmt::Display for Error {
                 None => f.write_str("registry unreachable")?,
             },
             Kind::Busy => f.write_str("busy")?,
+            Kind::Shut => f.write_str("gate shut")?,
             Kind::SessionDeleted => f.write_str("session deleted")?,
             Kind::ConnectionLost => f.write_str("connection lost")?,
             Kind::Refused => f.write_str("refused by the peer before processing")?,

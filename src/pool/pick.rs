@@ -62,7 +62,7 @@ mod tests {
         assert!(least_loaded_of_two(&snapshot(0)).is_none());
         let one = snapshot(1);
         assert!(least_loaded_of_two(&one).is_some());
-        one.ready.get(0).unwrap().mark_down();
+        one.ready.get(0).unwrap().mark_down("gone");
         assert!(least_loaded_of_two(&one).is_none());
     }
 
@@ -79,7 +79,7 @@ mod tests {
     fn whatever_is_up_is_found_however_few() {
         let many = snapshot(300);
         for index in (0..300).filter(|index| *index != 211) {
-            many.ready.get(index).unwrap().mark_down();
+            many.ready.get(index).unwrap().mark_down("gone");
         }
         for _ in 0..1000 {
             assert_eq!(least_loaded_of_two(&many).unwrap().key, 211);

@@ -256,7 +256,7 @@ where
                         call: Some(call),
                     });
                 }
-                Poll::Ready(Err(_)) => ready.mark_down(),
+                Poll::Ready(Err(_)) => ready.mark_down("it takes no new calls"),
                 Poll::Pending => {}
             }
         }

@@ -136,7 +136,7 @@ where
                         return Poll::Ready(Ok((candidate.service.call(request), call)));
                     }
                     Poll::Ready(Err(_)) => {
-                        candidate.ready.mark_down();
+                        candidate.ready.mark_down("it takes no new calls");
                         self.candidates.swap_remove(n);
                     }
                     Poll::Pending => n += 1,

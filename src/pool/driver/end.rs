@@ -80,7 +80,7 @@ impl<K, T, C: Connect<T>> Driver<K, T, C> {
     fn close(&mut self, how: &Command, why: Option<&'static str>) {
         for known in self.endpoints.values_mut() {
             if let Some(ready) = known.ready.take() {
-                ready.mark_down();
+                ready.mark_down("stopped");
             }
             known.end(how.clone());
         }

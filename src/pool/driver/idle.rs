@@ -92,7 +92,7 @@ where
                 continue;
             };
             if let Some(ready) = known.ready.take() {
-                ready.mark_down();
+                ready.mark_down("nobody uses it");
             }
             known.state = State::new(Phase::Idle);
             self.draining.retain(|task| !task.commands.is_closed());

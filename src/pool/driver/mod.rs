@@ -282,7 +282,7 @@ where
                 known.task = None;
                 known.state = State::new(Phase::Barred);
                 if let Some(ready) = known.ready.take() {
-                    ready.mark_down();
+                    ready.mark_down(why.to_string());
                 }
                 let why = Arc::new(why);
                 self.tell(EventKind::Barred { peer, why });
@@ -383,7 +383,7 @@ where
             self.draining.retain(|task| !task.commands.is_closed());
             self.draining.extend(known.task.take());
         } else if let Some(ready) = &known.ready {
-            ready.mark_down();
+            ready.mark_down("session deleted");
         }
         self.unlist(&mut known);
         if known.awaited {
