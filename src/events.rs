@@ -79,12 +79,19 @@ pub enum EventKind {
         /// To whom.
         peer: Arc<Peer>,
     },
-    /// It is connected again.
+    /// It is connected, or serves, again.
     Restored {
         /// To whom.
         peer: Arc<Peer>,
         /// How long it was not.
         after: Duration,
+    },
+    /// It is connected, and says that it does not serve.
+    NotServing {
+        /// Who.
+        peer: Arc<Peer>,
+        /// In its words.
+        why: SharedError,
     },
     /// Its connection is gone.
     Lost {
@@ -209,6 +216,7 @@ impl fmt::Display for Event {
             Kind::Connecting { .. } => f.write_str("connecting"),
             Kind::Connected { .. } => f.write_str("connected"),
             Kind::Restored { after, .. } => write!(f, "restored after {}", Brisk(*after)),
+            Kind::NotServing { why, .. } => write!(f, "not serving: {}", Brief(&**why)),
             Kind::Lost { why, .. } => write!(f, "lost: {}", Brief(&**why)),
             Kind::AttemptFailed {
                 attempts,
@@ -263,6 +271,7 @@ impl EventKind {
             Self::Connecting { .. } => "connecting",
             Self::Connected { .. } => "connected",
             Self::Restored { .. } => "restored",
+            Self::NotServing { .. } => "not_serving",
             Self::Lost { .. } => "lost",
             Self::AttemptFailed { .. } => "attempt_failed",
             Self::Offline { .. } => "offline",
@@ -283,6 +292,7 @@ impl EventKind {
             | Self::Connecting { peer }
             | Self::Connected { peer }
             | Self::Restored { peer, .. }
+            | Self::NotServing { peer, .. }
             | Self::Lost { peer, .. }
             | Self::AttemptFailed { peer, .. }
             | Self::Offline { peer, .. }
@@ -296,7 +306,8 @@ impl EventKind {
 
     fn why(&self) -> Option<&SharedError> {
         match self {
-            Self::Lost { why, .. }
+            Self::NotServing { why, .. }
+            | Self::Lost { why, .. }
             | Self::AttemptFailed { why, .. }
             | Self::Offline { why, .. }
             | Self::Barred { why, .. }
@@ -399,6 +410,7 @@ fn trace(role: &Arc<str>, kind: &EventKind) {
         // The first failure of a row is news; those that follow are what was to be expected.
         EventKind::AttemptFailed { attempts: 2.., .. } => tell!(debug),
         EventKind::AttemptFailed { .. }
+        | EventKind::NotServing { .. }
         | EventKind::Lost { .. }
         | EventKind::Offline { .. }
         | EventKind::Barred { .. }

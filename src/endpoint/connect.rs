@@ -1,7 +1,10 @@
 //! How an endpoint comes by the service that takes its calls, and how it learns that it is gone.
 
-use std::{any::Any, fmt, future::Future, future::Ready, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    any::Any, borrow::Cow, fmt, future::Future, future::Ready, pin::Pin, sync::Arc, time::Duration,
+};
 
+use futures_core::Stream;
 use http::HeaderMap;
 
 use crate::error::{BoxError, Error, Peer};
@@ -69,10 +72,23 @@ pub trait Connect<T>: Send + Sync + 'static {
     fn connect(&self, target: &T) -> Self::Future;
 }
 
-/// A service to call, and, if it has one, the lifeline of what it calls through.
+/// A service to call, and, if it has them, the lifeline of what it calls through, and what its peer says of its health.
 pub struct Connected<S> {
     pub(crate) service: S,
     pub(crate) lifeline: Option<Arc<dyn Lifeline>>,
+    pub(crate) health: Option<HealthStream>,
+}
+
+/// What a peer says of its health, word by word; the last one holds.
+pub(crate) type HealthStream = Pin<Box<dyn Stream<Item = Health> + Send>>;
+
+/// One word of a peer on whether it is to be called.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// It is.
+    Serving,
+    /// It is not, and why: calls go elsewhere, or fail with this. Those in flight go on.
+    NotServing(Cow<'static, str>),
 }
 
 /// The life of a connection, apart from its calls.
@@ -140,6 +156,7 @@ impl<S> Connected<S> {
         Self {
             service,
             lifeline: None,
+            health: None,
         }
     }
 
@@ -150,11 +167,23 @@ impl<S> Connected<S> {
         self
     }
 
+    /// The same with what its peer says of its health.
+    ///
+    /// Calls wait for the first word, for 5 s at most, as they do for a connection; when there is none by then, the peer
+    /// is taken not to serve until it says so. Where the stream ends, the last word holds. Default: a peer that is
+    /// connected serves.
+    #[must_use]
+    pub fn with_health(mut self, health: impl Stream<Item = Health> + Send + 'static) -> Self {
+        self.health = Some(Box::pin(health));
+        self
+    }
+
     /// Wraps the service, say in layers of one's own; the lifeline stays.
     pub fn map<R>(self, wrap: impl FnOnce(S) -> R) -> Connected<R> {
         Connected {
             service: wrap(self.service),
             lifeline: self.lifeline,
+            health: self.health,
         }
     }
 }

@@ -8,7 +8,7 @@ pub(crate) mod load;
 pub(crate) mod ready;
 pub(crate) mod task;
 
-pub(crate) use connect::Dialing;
-pub use connect::{BoxFuture, Connect, Connected, Lifeline, Provided, Target, UseProvided};
+pub use connect::{BoxFuture, Connect, Connected, Health, Lifeline, Provided, Target, UseProvided};
+pub(crate) use connect::{Dialing, HealthStream};
 
 pub use crate::error::{BoxError, Peer, SharedError};

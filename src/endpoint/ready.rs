@@ -14,8 +14,9 @@ pub(crate) struct Ready<S> {
     pub(crate) service: S,
     pub(crate) load: Load<Peer>,
     pub(crate) key: u64,
-    // Shut, for good, by the first call that finds the service done for. Later picks pass it by at once, without
-    // waiting for the driver: a dead peer has no load, and would attract them all.
+    // Shut for good by the first call that finds the service done for. Later picks pass it by at once, without
+    // waiting for the driver: a dead peer has no load, and would attract them all. Shut, until further notice, by a
+    // peer that says that it does not serve.
     gate: Core,
     // Whether it had a call since that was last asked.
     used: AtomicBool,
@@ -58,6 +59,11 @@ impl<S> Ready<S> {
     /// Takes it out of the picks, and lets its endpoint know. The first reason stays.
     pub(crate) fn mark_down(&self, why: impl Into<Cow<'static, str>>) {
         self.gate.shut(why);
+    }
+
+    /// Puts it back into the picks.
+    pub(crate) fn mark_up(&self) {
+        self.gate.open();
     }
 
     /// Returns when it is down, at once if it is already: the endpoint cannot miss it.

@@ -7,13 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::FutureExt as _;
+use futures_util::{FutureExt as _, StreamExt as _};
 use tokio::{
     sync::{Notify, Semaphore, mpsc, watch},
     time,
 };
 
-use super::{Connect, Connected, Dialing, Lifeline, Target, ready::Ready};
+use super::{Connect, Connected, Dialing, Health, HealthStream, Lifeline, Target, ready::Ready};
 use crate::error::{BoxError, Error, Kind, SharedError};
 
 /// What an endpoint tells its driver.
@@ -23,6 +23,8 @@ pub(crate) enum Event<S> {
     Connecting { first: bool },
     /// It takes calls.
     Connected(Arc<Ready<S>>),
+    /// It is connected, and says that it is not to be called; `Connected` follows when it is.
+    NotServing { why: SharedError },
     /// Its connection is gone; an attempt, or an event of a failure, follows at once.
     Lost { why: SharedError },
     /// An attempt failed, the `attempts`-th in a row; `offline` when it was the last. `next` is how long it is until
@@ -71,6 +73,9 @@ const NUDGES: Duration = Duration::from_secs(1);
 /// others waiting for as long as an attempt may take. The first SYN is repeated after 1 s.
 const BRISK: Duration = Duration::from_millis(500);
 
+/// How long a peer whose health is asked may take to say anything.
+const FIRST_WORD: Duration = Duration::from_secs(5);
+
 impl<T: Target, C: Connect<T>> Endpoint<T, C> {
     /// Runs until told to end, also after a panic, which a user's connector or lifeline may have.
     pub(crate) async fn supervise(mut self) {
@@ -111,11 +116,15 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
             let why = match self.attempt(offline).await {
                 Err(Ended(command)) => return self.end(command, None).await,
                 Ok(Err(why)) => why,
-                Ok(Ok(Connected { service, lifeline })) => {
+                Ok(Ok(Connected {
+                    service,
+                    lifeline,
+                    health,
+                })) => {
                     let since = Instant::now();
                     offline = false;
                     // Connected => (Lost | ended)
-                    let why = match self.serve(service, lifeline.as_ref()).await {
+                    let why = match self.serve(service, lifeline.as_ref(), health).await {
                         Err(Ended(command)) => return self.end(command, lifeline).await,
                         Ok(why) => why,
                     };
@@ -216,22 +225,52 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
         &mut self,
         service: C::Service,
         lifeline: Option<&Arc<dyn Lifeline>>,
+        mut health: Option<HealthStream>,
     ) -> Result<Error, Ended> {
         let ready = Arc::new(Ready::new(service, self.target.peer(), self.key));
-        self.tell(Event::Connected(ready.clone()));
-        tokio::select! {
-            biased;
-            ended = ended(&mut self.commands) => Err(ended),
-            why = over(lifeline) => {
-                ready.mark_down(why.to_string());
-                Ok(why)
+        // Not known => (serving | not serving) => ...
+        let mut serves = match health {
+            None => {
+                self.tell(Event::Connected(ready.clone()));
+                Some(true)
             }
-            () = ready.went_down() => {
-                // A service may say so an instant before its lifeline can say why.
-                let why = time::timeout(Duration::from_millis(5), over(lifeline));
-                Ok(why.await.unwrap_or_else(|_| {
-                    Error::new(Kind::ConnectionLost).with_reason("it takes no new calls")
-                }))
+            Some(_) => None,
+        };
+        let mut silent = pin!(time::sleep(FIRST_WORD));
+        loop {
+            let word = tokio::select! {
+                biased;
+                ended = ended(&mut self.commands) => return Err(ended),
+                why = over(lifeline) => {
+                    ready.mark_down(why.to_string());
+                    return Ok(why);
+                }
+                word = next_word(&mut health) => word,
+                () = ready.went_down(), if serves == Some(true) => {
+                    // A service may say so an instant before its lifeline can say why.
+                    let why = time::timeout(Duration::from_millis(5), over(lifeline));
+                    return Ok(why.await.unwrap_or_else(|_| {
+                        Error::new(Kind::ConnectionLost).with_reason("it takes no new calls")
+                    }));
+                }
+                () = &mut silent, if serves.is_none() => {
+                    let why = format!("it did not say whether it serves within {FIRST_WORD:?}");
+                    Health::NotServing(why.into())
+                }
+            };
+            match word {
+                Health::Serving if serves == Some(true) => {}
+                Health::Serving => {
+                    serves = Some(true);
+                    ready.mark_up();
+                    self.tell(Event::Connected(ready.clone()));
+                }
+                Health::NotServing(why) => {
+                    serves = Some(false);
+                    ready.mark_down(why.clone());
+                    let why = Arc::from(BoxError::from(why));
+                    self.tell(Event::NotServing { why });
+                }
             }
         }
     }
@@ -317,6 +356,18 @@ struct Ended(Command);
 enum Pause {
     Over,
     Nudged,
+}
+
+/// What the peer says next of its health.
+async fn next_word(health: &mut Option<HealthStream>) -> Health {
+    if let Some(words) = health {
+        if let Some(word) = words.next().await {
+            return word;
+        }
+        // The last one holds.
+        *health = None;
+    }
+    std::future::pending().await
 }
 
 /// Until it is closed, or its peer has said that it is another.

@@ -25,6 +25,9 @@ pub(super) enum Detail {
 /// The state of a [`Trouble`] that is none: the peer is well, but takes no new calls.
 pub(crate) const STOPPING: &str = "stopping";
 
+/// The state of a peer that is connected, and says that it does not serve.
+pub(crate) const NOT_SERVING: &str = "not serving";
+
 /// Why a known peer could not take a call.
 #[derive(Clone, Debug)]
 pub(crate) struct Trouble {
@@ -119,7 +122,10 @@ impl fmt::Display for Detail {
             Self::Text(text) => f.write_str(text),
             Self::Unready { known, sample } => {
                 let stopping = !sample.is_empty() && sample.iter().all(|t| t.state == STOPPING);
+                let unwell = !sample.is_empty() && sample.iter().all(|t| t.state == NOT_SERVING);
                 match known {
+                    1 if unwell => f.write_str("1 session is known, it does not serve: ")?,
+                    n if unwell => write!(f, "{n} sessions are known, none serves: ")?,
                     1 if stopping => f.write_str("the 1 session that is known is stopping: ")?,
                     n if stopping => write!(f, "all {n} sessions that are known are stopping: ")?,
                     1 => f.write_str("1 session is known, it is not connected: ")?,

@@ -106,7 +106,7 @@ impl Core {
         shut.is_some()
     }
 
-    pub(super) fn open(&self) -> bool {
+    pub(crate) fn open(&self) -> bool {
         let opened = self.change(|inside| {
             // (Vacant | Probing | Shut) => Open
             (inside.phase != Phase::Open).then(|| inside.flip(Phase::Open))

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     endpoint::{Target, ready::Ready},
-    error::{Error, Kind, STOPPING, SharedError, Trouble},
+    error::{Error, Kind, NOT_SERVING, STOPPING, SharedError, Trouble},
 };
 
 /// One role's endpoints at one moment.
@@ -77,6 +77,8 @@ pub(crate) enum Phase {
     Connecting,
     /// Connected.
     Ready,
+    /// Connected, and says that it is not to be called.
+    NotServing,
     /// A later attempt, or between attempts.
     Retrying,
     /// Given up but for the slow probe and the registry's next word.
@@ -171,6 +173,7 @@ impl<S> Entry<S> {
             _ if self.target.stopping() => STOPPING,
             Phase::Connecting => "connecting",
             Phase::Ready => "just lost",
+            Phase::NotServing => NOT_SERVING,
             Phase::Retrying => "reconnecting",
             Phase::Offline => "offline",
             Phase::Barred => "not to be called",

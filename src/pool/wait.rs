@@ -202,7 +202,7 @@ impl<S> Shared<S> {
                     None => Error::new(Kind::UnknownPeer)
                         .with_reason(format!("instance {instance} is not registered")),
                     // It went down a moment ago, and its endpoint is about to say what comes next.
-                    Some(entry) if entry.ready.is_some() => return Unpicked::Wait,
+                    Some(entry) if entry.state.phase == Phase::Ready => return Unpicked::Wait,
                     Some(entry) if entry.state.phase == Phase::Connecting => return Unpicked::Wait,
                     Some(entry) => entry.unready(),
                 },

@@ -11,6 +11,8 @@ mod body;
 mod connection;
 mod core;
 mod dial;
+#[cfg(feature = "health")]
+mod health;
 mod identity;
 mod paced;
 mod pings;
@@ -28,6 +30,8 @@ use http::{
     uri::{Authority, Scheme},
 };
 
+#[cfg(feature = "health")]
+pub use self::health::HealthCheck;
 #[cfg(feature = "tls")]
 pub use self::tls::TlsConfig;
 pub use self::{body::Body, connection::Connection, request::ResponseFuture};
@@ -69,6 +73,8 @@ pub struct Connector {
     pub(crate) connection_window: u32,
     pub(crate) user_agent: HeaderValue,
     pub(crate) max_header_list_size: usize,
+    #[cfg(feature = "health")]
+    health: HealthCheck,
     #[cfg(feature = "tls")]
     tls: Option<tls::Tls>,
 }
@@ -90,6 +96,8 @@ impl Connector {
                 env!("CARGO_PKG_VERSION")
             )),
             max_header_list_size: 64 << 10,
+            #[cfg(feature = "health")]
+            health: HealthCheck::Off,
             #[cfg(feature = "tls")]
             tls: None,
         }
@@ -143,6 +151,19 @@ impl Connector {
         self.stream_window = stream;
         self.connection_window = connection;
         Ok(self)
+    }
+
+    /// Whose health each connection watches (`grpc.health.v1`): while the peer says that it does not serve, no call goes
+    /// there, and those that are pinned to it fail with its words; calls in flight go on. A server without a health
+    /// service is taken to be well. Default [`HealthCheck::Off`], as with gRPC's other clients.
+    ///
+    /// It costs one stream for each connection, and the time of one more answer until a new one is ready. What a
+    /// `Component` (feature `component`) says of itself is under its role's name: [`HealthCheck::Role`].
+    #[cfg(feature = "health")]
+    #[must_use]
+    pub fn health_check(mut self, of: HealthCheck) -> Self {
+        self.health = of;
+        self
     }
 
     /// How large a request's headers may be, in bytes as HTTP/2 counts them: names, values, and 32 for
@@ -247,6 +268,12 @@ impl<T: Target> Connect<T> for Connector {
         Box::pin(async move {
             let connection = this.connect_as(&peer.address, identity).await?;
             let lifeline = connection.lifeline();
+            #[cfg(feature = "health")]
+            if let Some(service) = this.health.service_of(&peer) {
+                let health = health::watch(connection.clone(), service);
+                let connected = Connected::new(connection).with_lifeline(lifeline);
+                return Ok(connected.with_health(health));
+            }
             Ok(Connected::new(connection).with_lifeline(lifeline))
         })
     }

@@ -18,6 +18,7 @@ use tonic::{
     service::interceptor::InterceptedService,
     transport::{Server, ServerTlsConfig},
 };
+use tonic_health::server::HealthReporter;
 
 use self::pb::{EchoRequest, EchoResponse, echo_server};
 
@@ -31,6 +32,8 @@ pub struct EchoServer {
     pub address: SocketAddr,
     pub id: String,
     pub seen: Arc<Seen>,
+    /// What it says of its health, if it does.
+    pub health: Option<HealthReporter>,
     runtime: Option<Runtime>,
     stop: Option<oneshot::Sender<()>>,
 }
@@ -55,6 +58,8 @@ pub struct Options {
     pub address: Option<SocketAddr>,
     pub node: Option<Arc<Node>>,
     pub tls: Option<ServerTlsConfig>,
+    /// Whether it serves `grpc.health.v1`; nothing is said at first.
+    pub health: bool,
 }
 
 /// Who a server is, where calls say who they are for: as Milvus checks it, before anything is executed.
@@ -116,6 +121,13 @@ impl EchoServer {
             .build()
             .unwrap();
         let (stop, stopped) = oneshot::channel();
+        let (health, of_health) = match options.health {
+            true => {
+                let (reporter, service) = tonic_health::server::health_reporter();
+                (Some(reporter), Some(service))
+            }
+            false => (None, None),
+        };
         let service = Echo {
             id: id.to_owned(),
             seen: seen.clone(),
@@ -134,6 +146,7 @@ impl EchoServer {
             }
             server
                 .max_concurrent_streams(options.max_streams)
+                .add_optional_service(of_health)
                 .add_service(InterceptedService::new(
                     echo_server::EchoServer::new(service).max_decoding_message_size(64 << 20),
                     move |request| {
@@ -154,6 +167,7 @@ impl EchoServer {
             address,
             id: id.to_owned(),
             seen,
+            health,
             runtime: Some(runtime),
             stop: Some(stop),
         }

@@ -444,12 +444,20 @@ where
                     },
                 })
             }
+            Event::NotServing { why } => {
+                known.lost.get_or_insert_with(Instant::now);
+                // Its reason may change; it is told once.
+                let news = state.phase != Phase::NotServing;
+                state.enter(Phase::NotServing);
+                state.last_error = Some((Instant::now(), why.clone()));
+                news.then_some(EventKind::NotServing { peer, why })
+            }
             Event::Lost { why } => {
                 known.retired.retain(|calls| calls.current() > 0);
                 if let Some(ready) = known.ready.take() {
                     known.retired.push(ready.load.watch());
                 }
-                known.lost = Some(Instant::now());
+                known.lost.get_or_insert_with(Instant::now);
                 state.enter(Phase::Retrying);
                 state.last_error = Some((Instant::now(), why.clone()));
                 Some(EventKind::Lost { peer, why })
@@ -526,10 +534,12 @@ where
         }
         known.awaited = awaited;
         match &known.ready {
-            Some(ready) if !known.target.stopping() => match known.index {
-                Some(index) => self.next.ready.replace(index, ready.clone()),
-                None => known.index = Some(self.next.ready.push(ready.clone())),
-            },
+            Some(ready) if known.state.phase == Phase::Ready && !known.target.stopping() => {
+                match known.index {
+                    Some(index) => self.next.ready.replace(index, ready.clone()),
+                    None => known.index = Some(self.next.ready.push(ready.clone())),
+                }
+            }
             _ => self.unlist(&mut known),
         }
         let entry = Arc::new(Entry {

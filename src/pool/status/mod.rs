@@ -81,6 +81,8 @@ pub enum Connectivity {
     Connecting,
     /// Connected, and picked.
     Ready,
+    /// Connected, but it says that it does not serve (`Connector::health_check`): calls go elsewhere.
+    NotServing,
     /// Connected, but its session says that it is stopping: only pinned calls go there.
     Stopping,
     /// It could not be reached, and will be tried again soon: calls fail fast.
@@ -160,6 +162,7 @@ impl Connectivity {
         match self {
             Self::Connecting => "connecting",
             Self::Ready => "ready",
+            Self::NotServing => "not serving",
             Self::Stopping => "stopping",
             Self::Retrying => "retrying",
             Self::Offline => "offline",
@@ -173,6 +176,7 @@ impl Connectivity {
             Phase::Connecting => Self::Connecting,
             Phase::Ready if entry.target.stopping() => Self::Stopping,
             Phase::Ready => Self::Ready,
+            Phase::NotServing => Self::NotServing,
             Phase::Retrying => Self::Retrying,
             Phase::Offline => Self::Offline,
             Phase::Barred => Self::Barred,

@@ -1,0 +1,137 @@
+//! What a peer says of its own health, as gRPC clients watch it: `grpc.health.v1.Health/Watch`, after
+//! [gRFC A17](https://github.com/grpc/proposal/blob/master/A17-client-side-health-checking.md).
+
+use std::{sync::Arc, time::Duration};
+
+use futures_core::Stream;
+use futures_util::stream;
+use tokio::time;
+use tonic::{Code, Status, Streaming};
+use tonic_health::pb::{
+    HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus,
+    health_client::HealthClient,
+};
+
+use super::Connection;
+use crate::{Backoff, endpoint::Health, error::Peer};
+
+/// Whose health a connection watches; see [`Connector::health_check`](super::Connector::health_check).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum HealthCheck {
+    /// Nobody's: a peer that is connected can be called.
+    #[default]
+    Off,
+    /// The server's as a whole, under the empty name.
+    Overall,
+    /// That of its role, under the role's name.
+    Role,
+    /// That of the service of this name.
+    Service(Arc<str>),
+}
+
+/// The watch of one connection.
+struct Watching {
+    client: HealthClient<Connection>,
+    service: String,
+    answers: Option<Streaming<HealthCheckResponse>>,
+    /// Streams that failed in a row without an answer.
+    failures: u32,
+    /// Until when there is no new one.
+    pause: Option<Duration>,
+    backoff: Backoff,
+}
+
+// === impl HealthCheck ===
+
+impl HealthCheck {
+    pub(super) fn service_of(&self, peer: &Peer) -> Option<String> {
+        match self {
+            Self::Off => None,
+            Self::Overall => Some(String::new()),
+            Self::Role => Some(peer.role.to_string()),
+            Self::Service(name) => Some(name.to_string()),
+        }
+    }
+}
+
+/// What the peer says of this service's health. A server that knows of no health service is taken to be well, and
+/// there is nothing more to come then; one whose stream fails is not, until the next one answers.
+pub(super) fn watch(
+    connection: Connection,
+    service: String,
+) -> impl Stream<Item = Health> + Send + 'static {
+    let watching = Watching {
+        client: HealthClient::new(connection),
+        service,
+        answers: None,
+        failures: 0,
+        pause: None,
+        backoff: Backoff::default(),
+    };
+    stream::unfold(Some(watching), async |watching| {
+        let mut watching = watching?;
+        let (health, over) = watching.next().await;
+        Some((health, (!over).then_some(watching)))
+    })
+}
+
+// === impl Watching ===
+
+impl Watching {
+    /// The next word, and whether it is the last.
+    async fn next(&mut self) -> (Health, bool) {
+        loop {
+            if let Some(pause) = self.pause.take() {
+                time::sleep(pause).await;
+            }
+            let Some(answers) = &mut self.answers else {
+                // Asking => (listening | unimplemented | failed)
+                let request = HealthCheckRequest {
+                    service: self.service.clone(),
+                };
+                match self.client.watch(request).await {
+                    Ok(answers) => self.answers = Some(answers.into_inner()),
+                    Err(status) if status.code() == Code::Unimplemented => {
+                        return (Health::Serving, true);
+                    }
+                    Err(status) => return (self.failed(&status), false),
+                }
+                continue;
+            };
+            // Listening => (listening | failed)
+            match answers.message().await {
+                Ok(Some(answer)) => {
+                    self.failures = 0;
+                    return (said(answer.status()), false);
+                }
+                Ok(None) => return (self.failed(&Status::unavailable("it ended")), false),
+                Err(status) if status.code() == Code::Unimplemented => {
+                    return (Health::Serving, true);
+                }
+                Err(status) => return (self.failed(&status), false),
+            }
+        }
+    }
+
+    /// The stream that failed before it answered is made anew with backoff, one that has answered at once but for a
+    /// moment.
+    fn failed(&mut self, status: &Status) -> Health {
+        self.answers = None;
+        self.pause = Some(match self.failures {
+            0 => Duration::from_millis(100),
+            n => self.backoff.delay(n - 1),
+        });
+        self.failures = self.failures.saturating_add(1);
+        Health::NotServing(format!("its health is not known: {}", status.message()).into())
+    }
+}
+
+fn said(status: ServingStatus) -> Health {
+    match status {
+        ServingStatus::Serving => Health::Serving,
+        ServingStatus::NotServing => Health::NotServing("it says NOT_SERVING".into()),
+        ServingStatus::ServiceUnknown => Health::NotServing("it says SERVICE_UNKNOWN".into()),
+        ServingStatus::Unknown => Health::NotServing("it says UNKNOWN".into()),
+    }
+}

@@ -1,0 +1,178 @@
+//! Peers that say how they are: calls heed it, and nothing else does.
+
+mod support;
+
+use std::{sync::atomic::Ordering::SeqCst, time::Duration};
+
+use futures_util::StreamExt as _;
+use support::{
+    eventually, eventually_async,
+    server::{
+        EchoServer, Options,
+        pb::{EchoRequest, echo_client::EchoClient},
+    },
+    sockets_to,
+};
+use switchboard::{
+    Channel, ConnectionManager, Error, Kind, MemoryRegistry, Registration, Session,
+    events::EventKind,
+    manager::{Connectivity, InstanceChange},
+    transport::{Connector, HealthCheck},
+};
+use tonic::Status;
+use tonic_health::ServingStatus::{self, NotServing, Serving};
+
+async fn call(channel: &Channel, delay_ms: u32) -> Result<String, Status> {
+    let request = EchoRequest {
+        delay_ms,
+        ..EchoRequest::default()
+    };
+    let answer = EchoClient::new(channel.clone()).unary(request).await?;
+    Ok(answer.into_inner().server)
+}
+
+async fn served(registry: &MemoryRegistry, id: &str, health: bool) -> (EchoServer, Registration) {
+    let options = Options {
+        health,
+        ..Options::default()
+    };
+    let server = EchoServer::start_with(id, options);
+    let session = Session::new("echo", server.address()).with_id(id);
+    let registration = registry.register(session).await.unwrap();
+    (server, registration)
+}
+
+async fn says(server: &EchoServer, status: ServingStatus) {
+    let reporter = server.health.as_ref().expect("it serves health");
+    reporter.set_service_status("echo", status).await;
+}
+
+fn managed(registry: &MemoryRegistry, check: HealthCheck) -> ConnectionManager {
+    ConnectionManager::builder(registry.clone())
+        .connector(Connector::new().health_check(check))
+        .build()
+}
+
+fn state(manager: &ConnectionManager, id: &str) -> Option<Connectivity> {
+    let known = manager.channels("echo").unwrap();
+    known.iter().find(|i| i.id() == id).map(|i| i.state())
+}
+
+#[tokio::test]
+async fn who_says_that_it_does_not_serve_gets_no_calls_until_it_does() {
+    let registry = MemoryRegistry::new();
+    let (a, _of_a) = served(&registry, "a", true).await;
+    let (_b, _of_b) = served(&registry, "b", false).await;
+    says(&a, Serving).await;
+    let manager = managed(&registry, HealthCheck::Role);
+    let mut events = manager.events();
+    let mut watch = manager.watch("echo");
+    let channel = manager.channel("echo");
+    // b knows nothing of health: it is taken to be well.
+    let ready = manager.ready("echo", 2, Duration::from_secs(5)).await;
+    ready.unwrap_or_else(|error| panic!("{error}"));
+
+    // What is under way goes on.
+    let pinned = channel.to("a");
+    let before = a.seen.started.load(SeqCst);
+    let under_way = tokio::spawn({
+        let pinned = pinned.clone();
+        async move { call(&pinned, 300).await }
+    });
+    eventually("it is under way", || a.seen.started.load(SeqCst) > before).await;
+    says(&a, NotServing).await;
+    eventually("it is heard of", || {
+        state(&manager, "a") == Some(Connectivity::NotServing)
+    })
+    .await;
+    for _ in 0..100 {
+        assert_eq!(call(&channel, 0).await.unwrap(), "b");
+    }
+    let status = call(&pinned, 0).await.unwrap_err();
+    assert!(status.message().contains("it says NOT_SERVING"), "{status}");
+    assert_eq!(Error::of(&status).unwrap().kind(), Kind::NotConnected);
+    assert_eq!(under_way.await.unwrap().unwrap(), "a");
+    assert_eq!(sockets_to(a.address.port()), 1, "its connection stays");
+    println!("{}", manager.status());
+
+    says(&a, Serving).await;
+    eventually_async("it is called again", || async {
+        call(&pinned, 0).await.is_ok_and(|by| by == "a")
+    })
+    .await;
+    assert_eq!(sockets_to(a.address.port()), 1);
+
+    let mut told = Vec::new();
+    while told.last() != Some(&"restored") {
+        let event = events.next().await.unwrap();
+        if event.peer().is_some_and(|peer| &*peer.id == "a") {
+            if let EventKind::NotServing { why, .. } = &event.kind {
+                assert_eq!(why.to_string(), "it says NOT_SERVING");
+            }
+            told.push(event.kind.name());
+        }
+    }
+    let expected = [
+        "added",
+        "connecting",
+        "connected",
+        "not_serving",
+        "restored",
+    ];
+    assert_eq!(told, expected);
+    let mut last = None;
+    while let Some(Some(change)) = futures_util::FutureExt::now_or_never(watch.next()) {
+        if change.instance().is_some_and(|i| i.id() == "a") {
+            last = Some(change);
+        }
+    }
+    assert!(matches!(last, Some(InstanceChange::Ready(_))), "{last:?}");
+}
+
+#[tokio::test]
+async fn one_that_does_not_serve_yet_is_not_called_before_it_does() {
+    let registry = MemoryRegistry::new();
+    let (a, _of_a) = served(&registry, "a", true).await;
+    // Nothing is said under its role's name: the service is not known.
+    let manager = managed(&registry, HealthCheck::Role);
+    let channel = manager.channel("echo");
+    let status = call(&channel, 0).await.unwrap_err();
+    let expected = "1 session is known, it does not serve: ";
+    assert!(status.message().contains(expected), "{status}");
+    assert!(
+        status.message().contains("service not registered"),
+        "{status}"
+    );
+    assert_eq!(a.seen.started.load(SeqCst), 0);
+    says(&a, Serving).await;
+    eventually_async("it is called", || async { call(&channel, 0).await.is_ok() }).await;
+    // Under the empty name tonic's server says that it serves; without a check nobody asks.
+    for check in [HealthCheck::Overall, HealthCheck::Off] {
+        says(&a, NotServing).await;
+        let manager = managed(&registry, check);
+        assert_eq!(call(&manager.channel("echo"), 0).await.unwrap(), "a");
+    }
+}
+
+#[tokio::test]
+async fn a_watch_of_health_does_not_keep_a_connection_that_is_to_go() {
+    let registry = MemoryRegistry::new();
+    let (a, mut of_a) = served(&registry, "a", true).await;
+    says(&a, Serving).await;
+    let manager = managed(&registry, HealthCheck::Role);
+    let channel = manager.channel("echo");
+    call(&channel, 0).await.unwrap();
+    of_a.stopping().await.unwrap();
+    of_a.deregister().await.unwrap();
+    // Drained: nothing is in flight, so it is closed now and not after 30 s.
+    eventually("it is closed", || sockets_to(a.address.port()) == 0).await;
+    assert!(state(&manager, "a").is_none());
+
+    let session = Session::new("echo", a.address()).with_id("a");
+    let _of_a = registry.register(session).await.unwrap();
+    eventually_async("it is called", || async { call(&channel, 0).await.is_ok() }).await;
+    let began = std::time::Instant::now();
+    manager.stop_gracefully(Duration::from_secs(60)).await;
+    assert!(began.elapsed() < Duration::from_secs(1));
+    assert_eq!(sockets_to(a.address.port()), 0);
+}
