@@ -82,6 +82,9 @@ pub enum Kind {
     Internal,
     /// An error of the service inside, which is the source. Its own `Status` if it has one, else `UNKNOWN`.
     Service,
+    /// What a program does of its own in its component failed or panicked: its server, a hook. `INTERNAL`, unless the
+    /// source says otherwise.
+    Component,
 }
 
 /// How far a failed call's request got.
@@ -285,6 +288,7 @@ impl Error {
                 Kind::Stopped => Code::Cancelled,
                 Kind::Internal => Code::Internal,
                 Kind::Reset => self.inner_code().unwrap_or(Code::Unknown),
+                Kind::Component => self.inner_code().unwrap_or(Code::Internal),
                 Kind::RequestBody => self.inner_code().unwrap_or(Code::Cancelled),
                 Kind::RegistryRefused => self.inner_code().unwrap_or(Code::FailedPrecondition),
                 Kind::Service => self.inner_code().unwrap_or(Code::Unknown),

@@ -68,6 +68,7 @@ impl fmt::Display for Error {
             Kind::Internal => f.write_str("internal error")?,
             Kind::RegistryRefused => f.write_str("registry refused")?,
             Kind::Service => f.write_str("call failed")?,
+            Kind::Component => f.write_str("component failed")?,
         }
         if let Some(peer) = &inner.peer {
             write!(f, ", {peer}")?;
