@@ -10,6 +10,7 @@
 //! | `attempts` | failed attempts in a row |
 //! | `next_ms` | milliseconds until the next attempt |
 //! | `after_ms` | milliseconds that the trouble lasted |
+//! | `state` | where a component, or its registration, stands: one word |
 //! | `error` | why |
 //!
 //! Trouble is told at level WARN, the further attempts of an endpoint that is known to be in trouble at DEBUG, and
@@ -34,6 +35,8 @@ use futures_util::stream;
 use tokio::sync::broadcast;
 
 use crate::error::{Brief, Peer, SharedError};
+#[cfg(feature = "component")]
+use crate::{component::ComponentState, registry::RegistrationEvent};
 
 /// How many events are kept for a reader that is behind.
 const KEPT: usize = 1024;
@@ -155,6 +158,22 @@ pub enum EventKind {
         /// How long it was not, if it ever was before.
         after: Option<Duration>,
     },
+    /// A component of this process stands here now.
+    #[cfg(feature = "component")]
+    Component {
+        /// Who it is; its generation is 0.
+        peer: Arc<Peer>,
+        /// Where it stands.
+        state: ComponentState,
+    },
+    /// This happened to the registration of a component of this process.
+    #[cfg(feature = "component")]
+    Registration {
+        /// Who it is; its generation is 0.
+        peer: Arc<Peer>,
+        /// What happened.
+        event: RegistrationEvent,
+    },
     /// The reader was too slow: so many events before this one are lost to it.
     Missed {
         /// How many.
@@ -250,6 +269,10 @@ impl fmt::Display for Event {
             Kind::RegistryFresh { after: Some(after) } => {
                 write!(f, "registry fresh after {}", Brisk(*after))
             }
+            #[cfg(feature = "component")]
+            Kind::Component { state, .. } => state.fmt(f),
+            #[cfg(feature = "component")]
+            Kind::Registration { event, .. } => write!(f, "registration {event}"),
             Kind::Missed { events } => write!(f, "{events} events were missed"),
             Kind::Stopped => f.write_str("stopped"),
         }
@@ -281,6 +304,10 @@ impl EventKind {
             Self::Removed { .. } => "removed",
             Self::RegistryStale { .. } => "registry_stale",
             Self::RegistryFresh { .. } => "registry_fresh",
+            #[cfg(feature = "component")]
+            Self::Component { .. } => "component",
+            #[cfg(feature = "component")]
+            Self::Registration { .. } => "registration",
             Self::Missed { .. } => "missed",
             Self::Stopped => "stopped",
         }
@@ -300,12 +327,45 @@ impl EventKind {
             | Self::Stopping { peer }
             | Self::Barred { peer, .. }
             | Self::Removed { peer } => Some(peer),
+            #[cfg(feature = "component")]
+            Self::Component { peer, .. } | Self::Registration { peer, .. } => Some(peer),
             _ => None,
         }
     }
 
-    fn why(&self) -> Option<&SharedError> {
+    /// Where a component or its registration stands, in one word.
+    fn state(&self) -> Option<&'static str> {
         match self {
+            #[cfg(feature = "component")]
+            Self::Component { state, .. } => Some(state.code()),
+            #[cfg(feature = "component")]
+            Self::Registration { event, .. } => Some(match event {
+                RegistrationEvent::Registered { .. } => "registered",
+                RegistrationEvent::Unreachable { .. } => "unreachable",
+                RegistrationEvent::Reachable => "reachable",
+                RegistrationEvent::Lost { .. } => "lost",
+                RegistrationEvent::Restored { .. } => "restored",
+                RegistrationEvent::Taken { .. } => "taken",
+                RegistrationEvent::StandingBy { .. } => "standing_by",
+                RegistrationEvent::Ended => "ended",
+            }),
+            _ => None,
+        }
+    }
+
+    fn why(&self) -> Option<&dyn fmt::Display> {
+        match self {
+            #[cfg(feature = "component")]
+            Self::Component {
+                state:
+                    ComponentState::Initializing { why: Some(why) } | ComponentState::Abnormal { why },
+                ..
+            } => Some(why),
+            #[cfg(feature = "component")]
+            Self::Registration {
+                event: RegistrationEvent::Unreachable { why } | RegistrationEvent::Lost { why },
+                ..
+            } => Some(why),
             Self::NotServing { why, .. }
             | Self::Lost { why, .. }
             | Self::AttemptFailed { why, .. }
@@ -402,6 +462,7 @@ fn trace(role: &Arc<str>, kind: &EventKind) {
                     EventKind::RegistryFresh { after } => after.map(millis),
                     _ => None,
                 },
+                state = kind.state(),
                 error = kind.why().map(tracing::field::display),
             )
         };
@@ -415,6 +476,18 @@ fn trace(role: &Arc<str>, kind: &EventKind) {
         | EventKind::Offline { .. }
         | EventKind::Barred { .. }
         | EventKind::RegistryStale { .. } => tell!(warn),
+        #[cfg(feature = "component")]
+        EventKind::Component {
+            state: ComponentState::Abnormal { .. },
+            ..
+        }
+        | EventKind::Registration {
+            event:
+                RegistrationEvent::Unreachable { .. }
+                | RegistrationEvent::Lost { .. }
+                | RegistrationEvent::Taken { .. },
+            ..
+        } => tell!(warn),
         _ => tell!(info),
     }
 }

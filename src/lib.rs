@@ -75,6 +75,8 @@
 )]
 
 pub mod backoff;
+#[cfg(feature = "component")]
+pub mod component;
 pub mod deadline;
 pub mod discover;
 pub mod endpoint;
@@ -91,6 +93,8 @@ mod sync;
 pub mod transport;
 
 pub use backoff::Backoff;
+#[cfg(feature = "component")]
+pub use component::Component;
 pub use deadline::DeadlineLayer;
 pub use error::{Error, Kind, Sent};
 pub use gate::{Gate, GateLayer};

@@ -1,6 +1,8 @@
 //! All connections of a process, in one place.
 
 mod channel;
+#[cfg(feature = "component")]
+mod components;
 mod instance;
 mod status;
 mod watch;
@@ -14,6 +16,8 @@ use std::{
 
 use futures_util::future::join_all;
 
+#[cfg(feature = "component")]
+pub(crate) use self::components::Components;
 pub use self::{
     channel::{Channel, ResponseBody, ResponseFuture},
     instance::Instance,
@@ -71,6 +75,8 @@ struct Inner {
     config: PoolConfig,
     connector: Connector,
     idle_after: Option<Duration>,
+    #[cfg(feature = "component")]
+    components: Arc<Components>,
     roles: Mutex<Roles>,
 }
 
@@ -257,6 +263,8 @@ impl ConnectionManager {
             (pools, roles.open.is_none())
         };
         Status {
+            #[cfg(feature = "component")]
+            components: self.inner.components.status(),
             roles: pools.iter().map(Pool::status).collect(),
             stopped,
         }
@@ -413,6 +421,8 @@ impl Builder {
                 config: self.pools,
                 connector: self.connector,
                 idle_after: self.idle_after,
+                #[cfg(feature = "component")]
+                components: Arc::default(),
                 roles: Mutex::new(Roles {
                     known: BTreeMap::new(),
                     released: Vec::new(),

@@ -26,6 +26,9 @@ use super::RoleStatus;
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Status {
+    /// The components of this process that are over this manager, in the order in which they were made.
+    #[cfg(feature = "component")]
+    pub components: Vec<crate::component::ComponentStatus>,
     /// A pool's status for each role that was asked for.
     pub roles: Vec<RoleStatus>,
     /// Whether the manager was stopped.
@@ -36,6 +39,10 @@ impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.stopped {
             f.write_str("stopped\n")?;
+        }
+        #[cfg(feature = "component")]
+        for component in &self.components {
+            writeln!(f, "{component}")?;
         }
         if self.roles.is_empty() && !self.stopped {
             f.write_str("no role was asked for yet\n")?;

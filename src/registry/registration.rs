@@ -191,6 +191,12 @@ impl Registration {
         self.board.state().clone()
     }
 
+    /// Where it stands, from here on.
+    #[cfg(feature = "component")]
+    pub(crate) fn states(&self) -> tokio::sync::watch::Receiver<RegistrationState> {
+        self.board.states()
+    }
+
     /// What happens to it, beginning with where it stands.
     pub fn events(&self) -> RegistrationEvents {
         self.board.events()

@@ -6,6 +6,8 @@ mod table;
 
 use std::{sync::Arc, time::SystemTime};
 
+#[cfg(feature = "component")]
+pub(crate) use self::json::millis;
 use super::{
     Pool,
     snapshot::{Entry, Phase, Resolution},

@@ -1,0 +1,139 @@
+//! The order in which a component starts.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::future::join_all;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, sleep, timeout},
+};
+
+use super::{
+    Tasks,
+    core::{Core, lock},
+    follow::Follower,
+    hook::Step,
+    state::ComponentState,
+};
+use crate::error::{Error, Kind};
+
+/// How often it is looked whether the server listens.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// How long one look may take.
+const ANSWER: Duration = Duration::from_secs(1);
+
+/// How long a server may take to listen before that is worth a warning.
+const LATE: Duration = Duration::from_secs(5);
+
+/// How often it is looked whether what the component needs is ready. A look is a lock and a load for each role; an event for
+/// each endpoint of a thousand that come and go would cost more.
+const NEEDS: Duration = Duration::from_millis(100);
+
+// === impl Core ===
+
+impl Core {
+    /// All that comes after the declaration, up to the registration, which goes on by itself.
+    pub(super) async fn begin(self: &Arc<Self>, tasks: &Tasks, is_run: bool) -> Result<(), Error> {
+        self.hook(Step::Declared).await?;
+        self.require().await?;
+        let register = lock(&self.register).take();
+        if register.is_some() && is_run {
+            self.until_listening().await;
+        }
+        self.hook(Step::Required).await?;
+        let Some(register) = register else {
+            self.say(ComponentState::Healthy);
+            return Ok(());
+        };
+        self.say(ComponentState::initializing("registering"));
+        let registration = register.background().await?;
+        let (states, events) = (registration.states(), registration.events());
+        let _ = self.registered.set(states.clone());
+        *self.registration.lock().await = Some(registration);
+        tasks.spawn(Follower::new(self.clone(), states, events).run());
+        Ok(())
+    }
+
+    /// Waits for all that is required, side by side.
+    async fn require(&self) -> Result<(), Error> {
+        let required: Vec<_> = self
+            .dependencies
+            .iter()
+            .filter_map(|d| d.require.map(|(n, within)| (&*d.role, n, within)))
+            .collect();
+        if required.is_empty() {
+            return Ok(());
+        }
+        let names: Vec<_> = required
+            .iter()
+            .map(|(role, n, _)| format!("{n} ready {role}"))
+            .collect();
+        let why = format!("waiting for {}", names.join(", "));
+        self.say(ComponentState::initializing(why));
+        let waits = required.into_iter().map(async |(role, n, within)| {
+            // Of what is ready only that it is so counts.
+            let ready = self.manager.ready(role, n, within).await.map(drop);
+            ready.map_err(|error| (error.kind(), format!("{n} ready {role} ({error})")))
+        });
+        let missing: Vec<_> = join_all(waits)
+            .await
+            .into_iter()
+            .filter_map(Result::err)
+            .collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let is = |kind| missing.iter().any(|(of, _)| *of == kind);
+        let kind = match (is(Kind::Stopped), is(Kind::Invalid)) {
+            (true, _) => Kind::Stopped,
+            (_, true) => Kind::Invalid,
+            // Kinds that name a role would name this one, which is not the one that is missing.
+            _ => Kind::NotConnected,
+        };
+        let words: Vec<_> = missing.into_iter().map(|(_, words)| words).collect();
+        let why = format!("it does not start without {}", words.join("; nor without "));
+        Err(Error::new(kind).with_role(&self.peer.role).with_reason(why))
+    }
+
+    /// Until a connection to the server can be made.
+    async fn until_listening(&self) {
+        let address = self.settings.listens_at.as_ref();
+        let address = &**address.unwrap_or(&self.peer.address);
+        let why = format!("waiting for its server to listen at {address}");
+        self.say(ComponentState::initializing(why));
+        let (began, mut warned) = (Instant::now(), false);
+        loop {
+            let error = match timeout(ANSWER, TcpStream::connect(address)).await {
+                Ok(Ok(_)) => return,
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => format!("no answer within {ANSWER:?}"),
+            };
+            if !warned && began.elapsed() >= LATE {
+                warned = true;
+                let (role, id) = (&*self.peer.role, &*self.peer.id);
+                tracing::warn!(
+                    role,
+                    id,
+                    address,
+                    error,
+                    "its server does not listen yet, and so it is not registered; where it listens elsewhere, say so with listens_at"
+                );
+            }
+            sleep(LOOK).await;
+        }
+    }
+
+    /// Tells those who watch its health when what it needs comes or goes.
+    pub(super) async fn watch_needs(self: Arc<Self>) {
+        let mut had = self.has_needs();
+        loop {
+            sleep(NEEDS).await;
+            let has = self.has_needs();
+            if has != had {
+                had = has;
+                self.components.changed();
+            }
+        }
+    }
+}
