@@ -208,6 +208,14 @@ impl Drop for EchoServer {
     }
 }
 
+/// The service alone, for servers that are run by other means.
+pub fn echo(id: &str, seen: &Arc<Seen>) -> echo_server::EchoServer<impl echo_server::Echo> {
+    echo_server::EchoServer::new(Echo {
+        id: id.to_owned(),
+        seen: seen.clone(),
+    })
+}
+
 // The port of a server that was just killed may take a moment to be free.
 fn bind(address: SocketAddr) -> TcpListener {
     for _ in 0..200 {
