@@ -57,6 +57,12 @@
 //! also carry whom they are for, and a server that is another instance by now refuses them:
 //! [`Kind::OtherInstance`].
 //!
+//! # A whole server
+//!
+//! [`Component`] is the one way in which every server starts, says how it is, and stops: dependencies declared, its
+//! session registered once it listens, its state watched and served as `grpc.health.v1`, calls in flight finished at
+//! SIGTERM. See [`component`](mod@component).
+//!
 //! # Parts to take alone
 //!
 //! [`Pool`] balances any tower `Service + Clone` from any tower `Discover`; [`DeadlineLayer`] wraps any
