@@ -137,11 +137,11 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
                         forgive = true;
                     }
                     self.retire(lifeline);
+                    // What the registry said while it was connected is no word on what is to be done now.
+                    let _ = self.nudge.notified().now_or_never();
                     if disowned {
                         // Lost => offline, at once. Its address is another's now, who would be dialled in a
-                        // loop and refuse each time: where this session is, only the registry can say. What it
-                        // said before this is no such word.
-                        let _ = self.nudge.notified().now_or_never();
+                        // loop and refuse each time: where this session is, only the registry can say.
                     } else if std::mem::take(&mut forgive) {
                         // Lost => Connecting, at once.
                         first = true;
