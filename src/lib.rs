@@ -57,6 +57,13 @@
 //! also carry whom they are for, and a server that is another instance by now refuses them:
 //! [`Kind::OtherInstance`].
 //!
+//! # What it tells
+//!
+//! [`watch`](ConnectionManager::watch) is a stream of a role's instances, [`channels`](ConnectionManager::channels)
+//! lists them, [`ready`](ConnectionManager::ready) waits for enough of them or says what is missing,
+//! [`events`](mod@events) are one stream for the process, in `tracing` too, and [`status`](ConnectionManager::status) is
+//! a table or JSON. Whoever reads slowly holds up nobody.
+//!
 //! # A whole server
 //!
 //! [`Component`] is the one way in which every server starts, says how it is, and stops: dependencies declared, its

@@ -1,4 +1,17 @@
-//! All connections of a process, in one place.
+//! All connections of a process, in one place: made, watched, told of, and ended.
+//!
+//! | to | is |
+//! | --- | --- |
+//! | call a role | [`channel`](ConnectionManager::channel), [`try_channel`](ConnectionManager::try_channel) |
+//! | have it connected, whether it is called or not | [`depends_on`](ConnectionManager::depends_on) |
+//! | wait until enough are there | [`ready`](ConnectionManager::ready) |
+//! | call each instance | [`channels`](ConnectionManager::channels), [`Channel::to`] |
+//! | follow the instances of a role | [`watch`](ConnectionManager::watch) |
+//! | follow all that happens | [`events`](ConnectionManager::events) |
+//! | look | [`status`](ConnectionManager::status) |
+//! | let go | [`release`](ConnectionManager::release), [`Builder::idle_after`], [`stop`](ConnectionManager::stop), [`stop_gracefully`](ConnectionManager::stop_gracefully) |
+//!
+//! None of these waits for the network but those that are `async`, and those are bounded.
 
 mod channel;
 #[cfg(feature = "component")]
