@@ -11,7 +11,6 @@ use futures_core::Stream;
 use futures_util::stream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
-pub use tonic_health::pb::health_server::HealthServer;
 use tonic_health::pb::{
     HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus,
     health_server::Health,

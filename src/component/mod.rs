@@ -1,20 +1,21 @@
 //! A whole server process: one same way in which every one of them starts, says how it is, and stops.
 //!
 //! ```text
-//!  Initializing   the state, first of all: it can be seen from here on
-//!    │            dependencies and watched roles declared; each is connected in the background      Step::Declared
-//!    │            what is required, waited for, all side by side; nothing else is waited for
-//!    │            the server listens (with run)                                                     Step::Required
-//!    │            its own registration, in the background
-//!    │            the registry has it, or it is the active one               Step::Registered, Step::Activated
-//!  Healthy        or StandBy while another is active; Abnormal with a reason
-//!    │
-//!    │            a signal, shutdown(), stop(), or the server's own end
-//!  Stopping       health says NOT_SERVING                                                           Step::Stopping
-//!    │            the session says that it is stopping, and callers move on (settle)
-//!    │            the server takes no new calls, and finishes those in flight (drain)               Step::Drained
-//!    │            the session is removed                                                       Step::Deregistered
-//!    │            the manager stops                                                                 Step::Stopped
+//!  state         hooks hear      when
+//!
+//!  Initializing                  first of all: it can be seen from here on
+//!    │           Declared        dependencies and watched roles are being connected
+//!    │           Required        what is required is ready; the server listens (run)
+//!    │                           its own registration begins, in the background
+//!    │           Registered,     the registry has it
+//!    │           or Activated    and it is the active one
+//!  Healthy                       or StandBy while another is active, or Abnormal
+//!    │                           a signal, shutdown(), stop(), the server's end
+//!  Stopping      Stopping        health says NOT_SERVING
+//!    │                           the session says so; callers move on (settle)
+//!    │           Drained         the server has finished its calls (drain)
+//!    │           Deregistered    the session is removed
+//!    │           Stopped         the manager has stopped
 //!  Stopped
 //! ```
 //!
@@ -88,7 +89,7 @@ use tokio::{runtime, sync::watch, task::JoinSet};
 pub(crate) use self::core::Core;
 pub use self::{
     builder::Builder,
-    health::{HealthServer, HealthService, HealthWatch},
+    health::{HealthService, HealthWatch},
     hook::{Outcome, Step},
     shutdown::Stopping,
     state::ComponentState,
@@ -98,6 +99,8 @@ use crate::{
     error::{Error, Kind},
     manager::ConnectionManager,
 };
+#[doc(no_inline)]
+pub use tonic_health::pb::health_server::HealthServer;
 
 /// A server process: its start-up order, its state, its own registration.
 ///
