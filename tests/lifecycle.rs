@@ -361,3 +361,32 @@ async fn while_a_role_drains_a_session_that_is_deleted_still_ends_its_calls() {
         assert!(began.elapsed() < Duration::from_secs(3));
     }
 }
+
+/// On one thread, which the caller would not give back: and the session could not be seen.
+#[tokio::test]
+async fn whoever_calls_again_as_soon_as_it_fails_does_not_keep_itself_from_being_answered() {
+    let registry = MemoryRegistry::new();
+    let manager = ConnectionManager::builder(registry.clone()).build();
+    let channel = manager.channel("echo");
+    call(&channel, 0).await.unwrap_err();
+    let calling = tokio::spawn(async move {
+        loop {
+            if let Ok(server) = call(&channel, 0).await {
+                return server;
+            }
+        }
+    });
+    let (_server, _held) = served(&registry, "a").await;
+    let answer = timeout(Duration::from_secs(10), calling).await;
+    assert_eq!(answer.expect("in time").unwrap(), "a");
+    manager.stop().await;
+    // The same of a channel that can never work.
+    let broken = manager.channel("echo");
+    let calling = tokio::spawn(async move {
+        loop {
+            let _ = call(&broken, 0).await;
+        }
+    });
+    sleep(Duration::from_millis(50)).await;
+    calling.abort();
+}

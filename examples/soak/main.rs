@@ -11,6 +11,7 @@
 
 mod chaos;
 mod load;
+mod reader;
 mod world;
 
 // The tests' own etcds and servers; they use more of it.

@@ -16,6 +16,7 @@ use tokio::{task::JoinHandle, time};
 
 use crate::{
     load,
+    reader::{self, View},
     support::{etcd::Cluster, server::EchoServer},
 };
 
@@ -33,6 +34,8 @@ pub(crate) struct World {
     endpoints: Vec<String>,
     servers: BTreeMap<&'static str, Server>,
     clients: Vec<ConnectionManager>,
+    /// What readers of the clients' watches were told.
+    views: Vec<View>,
     truth: Arc<Mutex<Truth>>,
 }
 
@@ -66,6 +69,7 @@ impl World {
             endpoints: etcds.endpoints(),
             servers: BTreeMap::new(),
             clients: Vec::new(),
+            views: Vec::new(),
             truth: Arc::default(),
         };
         for id in SERVERS {
@@ -73,7 +77,10 @@ impl World {
         }
         for _ in 0..CLIENTS {
             let manager = ConnectionManager::builder(world.registry().await).build();
-            let _ = manager.channel("echo");
+            for pause in [Duration::ZERO, Duration::from_millis(500)] {
+                let view = reader::read(&manager, pause, world.truth());
+                world.views.push(view);
+            }
             world.clients.push(manager);
         }
         assert!(world.until_well().await.is_some(), "it was never well");
@@ -189,6 +196,7 @@ impl World {
                 .clients
                 .iter()
                 .all(|manager| is_exact(&manager.status(), &truth))
+                && self.views.iter().all(|view| reader::is_exact(view, &truth))
                 && self.all_answer().await
             {
                 return Some(began.elapsed());
@@ -198,6 +206,7 @@ impl World {
         for manager in &self.clients {
             println!("{}", manager.status());
         }
+        println!("watches told: {:#?}\ntrue is: {truth:#?}", self.views);
         for (id, server) in &self.servers {
             let state = server.registration.as_ref().map(Registration::state);
             println!(

@@ -5,7 +5,7 @@ use std::{
     future::Future,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use http::{Request, Response};
@@ -16,7 +16,7 @@ use crate::{
     InstanceId,
     deadline::{self, Timer, timeout_of},
     error::{Error, Kind},
-    pool::{self, Pool},
+    pool::{self, Pool, in_turn},
     transport::{self, Connection},
 };
 
@@ -185,6 +185,7 @@ impl Future for ResponseFuture {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         let Some(inner) = this.inner.as_mut().as_pin_mut() else {
+            ready!(in_turn(cx));
             return Poll::Ready(Err(this.error.take().unwrap_or_else(|| {
                 Error::new(Kind::Internal).with_reason("polled after it was ready")
             })));

@@ -46,8 +46,6 @@ use tokio::{
 };
 use tower::discover::Discover;
 
-#[cfg(feature = "manager")]
-pub(crate) use self::service::{Held, WeakPool};
 pub use self::{
     body::Body,
     protocol::{Call, Http, InstanceId, Options, Plain, Protocol, WaitForReady},
@@ -56,6 +54,11 @@ pub use self::{
 use self::{
     driver::Driver,
     service::{Inner, Shared},
+};
+#[cfg(feature = "manager")]
+pub(crate) use self::{
+    service::{Held, WeakPool},
+    wait::in_turn,
 };
 use crate::{
     Backoff,

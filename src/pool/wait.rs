@@ -10,7 +10,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use tokio::{sync::futures::OwnedNotified, time::Sleep};
+use tokio::{sync::futures::OwnedNotified, task::coop, time::Sleep};
 use tower_service::Service;
 
 use super::{
@@ -118,7 +118,10 @@ where
                 if self.candidates.is_empty() {
                     let shared = &self.inner.shared;
                     match shared.unpicked(&snapshot, self.pinned.as_ref(), self.patient) {
-                        Unpicked::Fail(error) => return Poll::Ready(Err(error)),
+                        Unpicked::Fail(error) => {
+                            ready!(in_turn(cx));
+                            return Poll::Ready(Err(error));
+                        }
                         Unpicked::Wait => {}
                     }
                 }
@@ -156,6 +159,14 @@ where
             self.candidates.clear();
         }
     }
+}
+
+/// Lets others go first, once the caller's task has failed often enough without a pause. Whoever calls again at once
+/// when a call has failed at once would otherwise never give its thread back, and what it waits for never come: the pool's
+/// own driver may be what has no thread.
+pub(crate) fn in_turn(cx: &mut Context<'_>) -> Poll<()> {
+    ready!(coop::poll_proceed(cx)).made_progress();
+    Poll::Ready(())
 }
 
 /// The error of a future that is polled after it was ready.
