@@ -31,7 +31,7 @@ use std::{
 #[cfg(feature = "manager")]
 use futures_core::Stream;
 #[cfg(feature = "manager")]
-use futures_util::stream;
+use futures_util::{StreamExt as _, stream};
 use tokio::sync::broadcast;
 
 use crate::error::{Brief, Peer, SharedError};
@@ -433,7 +433,8 @@ impl Bus {
             }
         });
         Events {
-            inner: Box::pin(events),
+            // Whoever selects over several streams asks again after the end.
+            inner: Box::pin(events.fuse()),
         }
     }
 }

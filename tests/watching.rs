@@ -522,3 +522,15 @@ async fn tracing_has_the_events_too_under_names_that_stay() {
     );
     of("stopped");
 }
+
+#[tokio::test]
+async fn events_that_have_ended_may_be_asked_again() {
+    let manager = managed(&MemoryRegistry::new());
+    let mut events = manager.events();
+    manager.stop().await;
+    let last = events.next().await.expect("a last word");
+    assert!(matches!(last.kind, EventKind::Stopped));
+    for _ in 0..3 {
+        assert!(events.next().await.is_none());
+    }
+}
