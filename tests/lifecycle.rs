@@ -361,3 +361,18 @@ async fn while_a_role_drains_a_session_that_is_deleted_still_ends_its_calls() {
         assert!(began.elapsed() < Duration::from_secs(3));
     }
 }
+
+#[tokio::test]
+async fn a_grace_without_end_is_one_and_lets_calls_finish() {
+    let registry = MemoryRegistry::new();
+    let (server, _held) = served(&registry, "a").await;
+    let manager = ConnectionManager::builder(registry).build();
+    let channel = manager.channel("echo");
+    call(&channel, 0).await.unwrap();
+    let calls = in_flight(&channel, &server, 10, 200).await;
+    let stop = manager.stop_gracefully(Duration::MAX);
+    timeout(Duration::from_secs(5), stop).await.unwrap();
+    for call in calls {
+        assert_eq!(call.await.unwrap().unwrap(), "a");
+    }
+}

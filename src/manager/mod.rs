@@ -302,7 +302,7 @@ impl ConnectionManager {
         self.stop_gracefully(Duration::ZERO).await;
     }
 
-    /// The same, but calls in flight have this long to finish; those that are not sent yet, and later ones, fail at
+    /// The same, but calls in flight have this long to finish, one day at most; those that are not sent yet, and later ones, fail at
     /// once. Returns when all have, after this and two seconds at most. Of several stops the one that ends first
     /// counts.
     ///
