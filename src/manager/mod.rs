@@ -185,9 +185,11 @@ impl ConnectionManager {
         known
             .pool
             .end(self.inner.config.drain, Some("the role was released"));
-        bus.tell(&role.into(), EventKind::Released);
         roles.released.retain(Pool::is_running);
         roles.released.push(known.pool);
+        // Whoever listens may ask this manager, and does not find the lock taken.
+        drop(roles);
+        bus.tell(&role.into(), EventKind::Released);
         Ok(true)
     }
 
