@@ -575,3 +575,32 @@ async fn whoever_listens_may_ask_the_manager() {
     let done = timeout(Duration::from_secs(10), wait).await;
     done.expect("it does not hang").unwrap();
 }
+
+#[test]
+fn whoever_waits_for_enough_need_not_be_in_a_runtime() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let manager = managed(&MemoryRegistry::new());
+    runtime.block_on(async { manager.depends_on("echo").unwrap() });
+    let ready = manager.ready("echo", 1, Duration::from_millis(50));
+    let error = outside(ready).unwrap_err();
+    assert_eq!(error.kind(), Kind::NoSession, "{error}");
+}
+
+/// Runs a future outside of any runtime.
+fn outside<F: std::future::Future>(future: F) -> F::Output {
+    struct Unpark(std::thread::Thread);
+    impl std::task::Wake for Unpark {
+        fn wake(self: std::sync::Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = std::sync::Arc::new(Unpark(std::thread::current())).into();
+    let mut cx = std::task::Context::from_waker(&waker);
+    let mut future = std::pin::pin!(future);
+    loop {
+        if let std::task::Poll::Ready(output) = future.as_mut().poll(&mut cx) {
+            return output;
+        }
+        std::thread::park();
+    }
+}

@@ -237,7 +237,8 @@ impl ConnectionManager {
         Watch::new(self.pool(role), role)
     }
 
-    /// Waits until `n` instances of a role are ready, and returns them, or more if more are.
+    /// Waits until `n` instances of a role are ready, and returns them, or more if more are, in the order of their ids.
+    /// Zero are there at once. The role is looked for from here on, and not idle while this waits.
     ///
     /// # Errors
     ///
@@ -256,7 +257,7 @@ impl ConnectionManager {
         within: Duration,
     ) -> Result<Vec<Instance>, Error> {
         let pool = self.pool(role)?;
-        let ready = pool.shared().enough(n, within).await?;
+        let ready = pool.enough(n, within).await?;
         let channel = Channel::new(pool);
         let instance = |endpoint| Instance::new(endpoint, &channel);
         Ok(ready.into_iter().filter_map(instance).collect())

@@ -181,6 +181,12 @@ impl<S, P> Pool<S, P> {
         self.inner.driver.end(grace, why);
     }
 
+    /// A sleep on its own runtime.
+    #[cfg(feature = "manager")]
+    pub(super) fn sleep(&self, duration: Duration) -> Pin<Box<tokio::time::Sleep>> {
+        self.inner.driver.sleep(duration)
+    }
+
     #[cfg(feature = "manager")]
     pub(crate) fn shared(&self) -> &Arc<Shared<S>> {
         &self.inner.shared
