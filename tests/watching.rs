@@ -568,7 +568,7 @@ async fn whoever_listens_may_ask_the_manager() {
         tracing::subscriber::with_default(asking, || {
             manager.depends_on("echo").unwrap();
             assert!(manager.release("echo").unwrap());
-            drop(manager.stop().now_or_never());
+            let _ = manager.stop().now_or_never();
         });
         done.send(()).unwrap();
     });
@@ -603,4 +603,25 @@ fn outside<F: std::future::Future>(future: F) -> F::Output {
         }
         std::thread::park();
     }
+}
+
+#[tokio::test]
+async fn a_watch_that_is_not_read_on_keeps_nothing_alive() {
+    let registry = MemoryRegistry::new();
+    let server = EchoServer::start("a");
+    let _of_a = register(&registry, &server).await;
+    let manager = managed(&registry);
+    let within = Duration::from_secs(5);
+    drop(manager.ready("echo", 1, within).await.unwrap());
+    // That it is ready is told next.
+    let mut watch = manager.watch("echo");
+    assert_eq!(next(&mut watch).await, "a added");
+    drop(manager);
+    eventually_async("its socket is gone", || async {
+        support::sockets_to(server.address.port()) == 0
+    })
+    .await;
+    assert_eq!(next(&mut watch).await, "a ready");
+    assert_eq!(next(&mut watch).await, "synced");
+    assert_eq!(next(&mut watch).await, "a removed");
 }
