@@ -625,3 +625,33 @@ async fn a_watch_that_is_not_read_on_keeps_nothing_alive() {
     assert_eq!(next(&mut watch).await, "synced");
     assert_eq!(next(&mut watch).await, "a removed");
 }
+
+#[test]
+fn of_many_who_ask_for_a_role_at_once_one_begins_it() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let _entered = runtime.enter();
+    for _ in 0..50 {
+        let manager = managed(&MemoryRegistry::new());
+        let mut events = manager.events();
+        let start = std::sync::Barrier::new(8);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                let runtime = runtime.handle();
+                scope.spawn(|| {
+                    let _entered = runtime.enter();
+                    start.wait();
+                    manager.depends_on("echo").unwrap();
+                });
+            }
+        });
+        let watched = runtime.block_on(async {
+            let within = Duration::from_millis(1);
+            manager.ready("echo", 1, within).await.unwrap_err();
+            manager.stop().await;
+            let events: Vec<_> = events.by_ref().collect().await;
+            let mut names = events.iter().map(|event| event.kind.name());
+            names.by_ref().filter(|name| *name == "watching").count()
+        });
+        assert_eq!(watched, 1);
+    }
+}

@@ -346,7 +346,8 @@ impl ConnectionManager {
             idle_after: self.inner.idle_after,
         };
         let connector = self.inner.connector.clone();
-        let new = Pool::with(role, self.inner.config, setup, updates, connector)?;
+        // Begun under the lock, or somebody else's would dial and tell events beside it.
+        let begin = || Pool::with(role, self.inner.config, setup, updates, connector);
         let mut roles = self.inner.lock();
         if roles.open.is_none() {
             return Err(Error::new(Kind::Stopped).with_role(&role.into()));
@@ -355,6 +356,7 @@ impl ConnectionManager {
         let known = match roles.known.entry(role.to_owned()) {
             btree_map::Entry::Occupied(known) if known.get().pool.is_running() => known.into_mut(),
             btree_map::Entry::Occupied(mut ended) => {
+                let new = begin()?;
                 let depended_on = ended.get().depended_on.is_some();
                 let depended_on = depended_on.then(|| new.shared().interest.hold());
                 ended.insert(Role {
@@ -364,7 +366,7 @@ impl ConnectionManager {
                 ended.into_mut()
             }
             btree_map::Entry::Vacant(vacant) => vacant.insert(Role {
-                pool: new,
+                pool: begin()?,
                 depended_on: None,
             }),
         };
