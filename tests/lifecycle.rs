@@ -376,3 +376,27 @@ async fn a_grace_without_end_is_one_and_lets_calls_finish() {
         assert_eq!(call.await.unwrap().unwrap(), "a");
     }
 }
+
+#[tokio::test]
+async fn whoever_says_that_it_is_stopping_while_its_role_is_idle_is_told_so() {
+    let registry = MemoryRegistry::new();
+    let (_server, mut held) = served(&registry, "a").await;
+    let builder = ConnectionManager::builder(registry.clone());
+    let quiet = Some(Duration::from_secs(1));
+    let manager = builder.idle_after(quiet).unwrap().build();
+    let mut events = manager.events();
+    let _channel = manager.channel("echo");
+    eventually("it is idle", || manager.status().roles[0].idle).await;
+    held.stopping().await.unwrap();
+    let told = async {
+        let mut told = Vec::new();
+        while !told.contains(&"stopping") {
+            told.push(events.next().await.expect("no end").kind.name());
+        }
+        told
+    };
+    let told = timeout(Duration::from_secs(5), told)
+        .await
+        .expect("it is told");
+    assert!(!told.contains(&"updated"), "{told:?}");
+}
