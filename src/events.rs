@@ -39,6 +39,7 @@ use crate::error::{Brief, Peer, SharedError};
 use crate::{component::ComponentState, registry::RegistrationEvent};
 
 /// How many events are kept for a reader that is behind.
+#[cfg(feature = "manager")]
 const KEPT: usize = 1024;
 
 /// Something that happened to a connection, an instance, a role or the process. Its `Display` is one line without
@@ -398,9 +399,17 @@ impl fmt::Debug for Events {
 // === impl Bus ===
 
 impl Bus {
+    #[cfg(feature = "manager")]
     pub(crate) fn new() -> Self {
         Self {
             readers: broadcast::Sender::new(KEPT),
+        }
+    }
+
+    /// One that only `tracing` hears, so that it keeps nothing.
+    pub(crate) fn of_nobody() -> Self {
+        Self {
+            readers: broadcast::Sender::new(1),
         }
     }
 

@@ -267,7 +267,7 @@ impl ConnectionManager {
     pub fn events(&self) -> Events {
         match &self.inner.lock().open {
             Some(open) => open.bus.events(),
-            None => Bus::new().events(),
+            None => Bus::of_nobody().events(),
         }
     }
 

@@ -261,7 +261,7 @@ where
         C: Connect<T, Service = S>,
     {
         let setup = Setup {
-            bus: Bus::new(),
+            bus: Bus::of_nobody(),
             idle_after: None,
         };
         Self::with(role, config, setup, updates, connect)
