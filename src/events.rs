@@ -78,7 +78,8 @@ pub enum EventKind {
         /// To whom.
         peer: Arc<Peer>,
     },
-    /// It is connected, for the first time.
+    /// It is connected, for the first time since it was registered, or since its connection was closed on purpose:
+    /// its role was [idle](Self::Idle), it was [barred](Self::Barred), or its address is another.
     Connected {
         /// To whom.
         peer: Arc<Peer>,
@@ -188,7 +189,8 @@ pub enum EventKind {
 ///
 /// The last 1,024 are kept for a reader that is behind; a slower one is told how many it has
 /// [missed](EventKind::Missed), and holds up nobody. Who needs to know exactly what is there uses a watch of the role.
-/// It ends after [`EventKind::Stopped`].
+/// It ends after [`EventKind::Stopped`], and stays ended. It keeps neither the manager nor a connection alive. Events of
+/// one role come in order; between roles there is none.
 #[cfg(feature = "manager")]
 #[must_use = "streams do nothing unless polled"]
 pub struct Events {

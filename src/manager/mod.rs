@@ -165,10 +165,10 @@ impl ConnectionManager {
         Ok(())
     }
 
-    /// Lets go of a role: it is not looked for any more, calls in flight finish within
-    /// [`PoolConfig::drain`], and later ones through channels that are still held fail with [`Kind::Stopped`], as its
+    /// Lets go of a role: it is not looked for nor [depended on](ConnectionManager::depends_on) any more, calls in flight
+    /// finish within [`PoolConfig::drain`], 30 s by default, and later ones through channels that are still held fail with [`Kind::Stopped`], as its
     /// watches end. Asked for again, it begins anew. Returns at once, a moment before the pool's driver has heard of it;
-    /// false if the role was not asked for.
+    /// `false` if the role was not asked for. To have the calls end sooner, stop the manager.
     ///
     /// # Errors
     ///
