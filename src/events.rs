@@ -31,7 +31,7 @@ use std::{
 #[cfg(feature = "manager")]
 use futures_core::Stream;
 #[cfg(feature = "manager")]
-use futures_util::stream;
+use futures_util::{StreamExt as _, stream};
 use tokio::sync::broadcast;
 
 use crate::error::{Brief, Peer, SharedError};
@@ -39,6 +39,7 @@ use crate::error::{Brief, Peer, SharedError};
 use crate::{component::ComponentState, registry::RegistrationEvent};
 
 /// How many events are kept for a reader that is behind.
+#[cfg(feature = "manager")]
 const KEPT: usize = 1024;
 
 /// Something that happened to a connection, an instance, a role or the process. Its `Display` is one line without
@@ -77,7 +78,8 @@ pub enum EventKind {
         /// To whom.
         peer: Arc<Peer>,
     },
-    /// It is connected, for the first time.
+    /// It is connected, for the first time since it was registered, or since its connection was closed on purpose:
+    /// its role was [idle](Self::Idle), it was [barred](Self::Barred), or its address is another.
     Connected {
         /// To whom.
         peer: Arc<Peer>,
@@ -187,7 +189,8 @@ pub enum EventKind {
 ///
 /// The last 1,024 are kept for a reader that is behind; a slower one is told how many it has
 /// [missed](EventKind::Missed), and holds up nobody. Who needs to know exactly what is there uses a watch of the role.
-/// It ends after [`EventKind::Stopped`].
+/// It ends after [`EventKind::Stopped`], and stays ended. It keeps neither the manager nor a connection alive. Events of
+/// one role come in order; between roles there is none.
 #[cfg(feature = "manager")]
 #[must_use = "streams do nothing unless polled"]
 pub struct Events {
@@ -398,9 +401,17 @@ impl fmt::Debug for Events {
 // === impl Bus ===
 
 impl Bus {
+    #[cfg(feature = "manager")]
     pub(crate) fn new() -> Self {
         Self {
             readers: broadcast::Sender::new(KEPT),
+        }
+    }
+
+    /// One that only `tracing` hears, so that it keeps nothing.
+    pub(crate) fn of_nobody() -> Self {
+        Self {
+            readers: broadcast::Sender::new(1),
         }
     }
 
@@ -433,7 +444,8 @@ impl Bus {
             }
         });
         Events {
-            inner: Box::pin(events),
+            // Whoever selects over several streams asks again after the end.
+            inner: Box::pin(events.fuse()),
         }
     }
 }

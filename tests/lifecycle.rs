@@ -390,3 +390,42 @@ async fn whoever_calls_again_as_soon_as_it_fails_does_not_keep_itself_from_being
     sleep(Duration::from_millis(50)).await;
     calling.abort();
 }
+
+#[tokio::test]
+async fn a_grace_without_end_is_one_and_lets_calls_finish() {
+    let registry = MemoryRegistry::new();
+    let (server, _held) = served(&registry, "a").await;
+    let manager = ConnectionManager::builder(registry).build();
+    let channel = manager.channel("echo");
+    call(&channel, 0).await.unwrap();
+    let calls = in_flight(&channel, &server, 10, 200).await;
+    let stop = manager.stop_gracefully(Duration::MAX);
+    timeout(Duration::from_secs(5), stop).await.unwrap();
+    for call in calls {
+        assert_eq!(call.await.unwrap().unwrap(), "a");
+    }
+}
+
+#[tokio::test]
+async fn whoever_says_that_it_is_stopping_while_its_role_is_idle_is_told_so() {
+    let registry = MemoryRegistry::new();
+    let (_server, mut held) = served(&registry, "a").await;
+    let builder = ConnectionManager::builder(registry.clone());
+    let quiet = Some(Duration::from_secs(1));
+    let manager = builder.idle_after(quiet).unwrap().build();
+    let mut events = manager.events();
+    let _channel = manager.channel("echo");
+    eventually("it is idle", || manager.status().roles[0].idle).await;
+    held.stopping().await.unwrap();
+    let told = async {
+        let mut told = Vec::new();
+        while !told.contains(&"stopping") {
+            told.push(events.next().await.expect("no end").kind.name());
+        }
+        told
+    };
+    let told = timeout(Duration::from_secs(5), told)
+        .await
+        .expect("it is told");
+    assert!(!told.contains(&"updated"), "{told:?}");
+}

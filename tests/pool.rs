@@ -1008,3 +1008,16 @@ async fn dials_into_the_void_hold_up_the_others_for_half_a_second_and_not_for_an
     let (_, took) = dialled(PoolConfig::default(), &ids, Duration::from_millis(20)).await;
     assert!((500..600).contains(&took.as_millis()), "{took:?}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_error_of_several_lines_stands_in_one() {
+    let (pool, updates) = pool_over(&Net::default(), steady());
+    let why = BoxError::from("one\ntwo\tthree");
+    updates.send(Update::Stale(why.into())).unwrap();
+    time::sleep(Duration::from_secs(1)).await;
+    let status = pool.status().to_string();
+    assert_eq!(
+        status,
+        "echo: 0 of 0 ready, registry failed: one two three\n"
+    );
+}

@@ -522,3 +522,136 @@ async fn tracing_has_the_events_too_under_names_that_stay() {
     );
     of("stopped");
 }
+
+#[tokio::test]
+async fn events_that_have_ended_may_be_asked_again() {
+    let manager = managed(&MemoryRegistry::new());
+    let mut events = manager.events();
+    manager.stop().await;
+    let last = events.next().await.expect("a last word");
+    assert!(matches!(last.kind, EventKind::Stopped));
+    for _ in 0..3 {
+        assert!(events.next().await.is_none());
+    }
+}
+
+/// Asks the manager whenever it is told something.
+struct Asking(ConnectionManager);
+
+impl tracing::Subscriber for Asking {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        metadata.target() == "switchboard::events"
+    }
+
+    fn event(&self, _: &tracing::Event<'_>) {
+        drop(self.0.status());
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::Id {
+        tracing::Id::from_u64(1)
+    }
+    fn record(&self, _: &tracing::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::Id, _: &tracing::Id) {}
+    fn enter(&self, _: &tracing::Id) {}
+    fn exit(&self, _: &tracing::Id) {}
+}
+
+#[tokio::test]
+async fn whoever_listens_may_ask_the_manager() {
+    let manager = managed(&MemoryRegistry::new());
+    // In a thread of its own, which may hang.
+    let (done, wait) = tokio::sync::oneshot::channel();
+    let runtime = tokio::runtime::Handle::current();
+    std::thread::spawn(move || {
+        let _entered = runtime.enter();
+        let asking = Asking(manager.clone());
+        tracing::subscriber::with_default(asking, || {
+            manager.depends_on("echo").unwrap();
+            assert!(manager.release("echo").unwrap());
+            let _ = manager.stop().now_or_never();
+        });
+        done.send(()).unwrap();
+    });
+    let done = timeout(Duration::from_secs(10), wait).await;
+    done.expect("it does not hang").unwrap();
+}
+
+#[test]
+fn whoever_waits_for_enough_need_not_be_in_a_runtime() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let manager = managed(&MemoryRegistry::new());
+    runtime.block_on(async { manager.depends_on("echo").unwrap() });
+    let ready = manager.ready("echo", 1, Duration::from_millis(50));
+    let error = outside(ready).unwrap_err();
+    assert_eq!(error.kind(), Kind::NoSession, "{error}");
+}
+
+/// Runs a future outside of any runtime.
+fn outside<F: std::future::Future>(future: F) -> F::Output {
+    struct Unpark(std::thread::Thread);
+    impl std::task::Wake for Unpark {
+        fn wake(self: std::sync::Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = std::sync::Arc::new(Unpark(std::thread::current())).into();
+    let mut cx = std::task::Context::from_waker(&waker);
+    let mut future = std::pin::pin!(future);
+    loop {
+        if let std::task::Poll::Ready(output) = future.as_mut().poll(&mut cx) {
+            return output;
+        }
+        std::thread::park();
+    }
+}
+
+#[tokio::test]
+async fn a_watch_that_is_not_read_on_keeps_nothing_alive() {
+    let registry = MemoryRegistry::new();
+    let server = EchoServer::start("a");
+    let _of_a = register(&registry, &server).await;
+    let manager = managed(&registry);
+    let within = Duration::from_secs(5);
+    drop(manager.ready("echo", 1, within).await.unwrap());
+    // That it is ready is told next.
+    let mut watch = manager.watch("echo");
+    assert_eq!(next(&mut watch).await, "a added");
+    drop(manager);
+    eventually_async("its socket is gone", || async {
+        support::sockets_to(server.address.port()) == 0
+    })
+    .await;
+    assert_eq!(next(&mut watch).await, "a ready");
+    assert_eq!(next(&mut watch).await, "synced");
+    assert_eq!(next(&mut watch).await, "a removed");
+}
+
+#[test]
+fn of_many_who_ask_for_a_role_at_once_one_begins_it() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let _entered = runtime.enter();
+    for _ in 0..50 {
+        let manager = managed(&MemoryRegistry::new());
+        let mut events = manager.events();
+        let start = std::sync::Barrier::new(8);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                let runtime = runtime.handle();
+                scope.spawn(|| {
+                    let _entered = runtime.enter();
+                    start.wait();
+                    manager.depends_on("echo").unwrap();
+                });
+            }
+        });
+        let watched = runtime.block_on(async {
+            let within = Duration::from_millis(1);
+            manager.ready("echo", 1, within).await.unwrap_err();
+            manager.stop().await;
+            let events: Vec<_> = events.by_ref().collect().await;
+            let mut names = events.iter().map(|event| event.kind.name());
+            names.by_ref().filter(|name| *name == "watching").count()
+        });
+        assert_eq!(watched, 1);
+    }
+}

@@ -182,17 +182,22 @@ impl fmt::Display for Trouble {
 }
 
 /// Why a connection is not there, where that it is not is already said: "connection refused" for
-/// "connection lost: connection refused".
+/// "connection lost: connection refused". One line, whatever somebody's error has in it.
 pub(crate) struct Brief<'a>(pub(crate) &'a (dyn StdError + 'static));
 
 impl fmt::Display for Brief<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.downcast_ref::<Error>() {
+        let text = self.0.to_string();
+        let brief = match self.0.downcast_ref::<Error>() {
             Some(error) if error.kind() == Kind::ConnectionLost => {
-                let text = error.to_string();
-                f.write_str(text.strip_prefix("connection lost: ").unwrap_or(&text))
+                text.strip_prefix("connection lost: ").unwrap_or(&text)
             }
-            _ => write!(f, "{}", self.0),
+            _ => &text,
+        };
+        for (n, line) in brief.split(char::is_control).enumerate() {
+            f.write_str(if n == 0 { "" } else { " " })?;
+            f.write_str(line)?;
         }
+        Ok(())
     }
 }

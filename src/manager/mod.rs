@@ -165,10 +165,10 @@ impl ConnectionManager {
         Ok(())
     }
 
-    /// Lets go of a role: it is not looked for any more, calls in flight finish within
-    /// [`PoolConfig::drain`], and later ones through channels that are still held fail with [`Kind::Stopped`], as its
+    /// Lets go of a role: it is not looked for nor [depended on](ConnectionManager::depends_on) any more, calls in flight
+    /// finish within [`PoolConfig::drain`], 30 s by default, and later ones through channels that are still held fail with [`Kind::Stopped`], as its
     /// watches end. Asked for again, it begins anew. Returns at once, a moment before the pool's driver has heard of it;
-    /// false if the role was not asked for.
+    /// `false` if the role was not asked for. To have the calls end sooner, stop the manager.
     ///
     /// # Errors
     ///
@@ -185,9 +185,11 @@ impl ConnectionManager {
         known
             .pool
             .end(self.inner.config.drain, Some("the role was released"));
-        bus.tell(&role.into(), EventKind::Released);
         roles.released.retain(Pool::is_running);
         roles.released.push(known.pool);
+        // Whoever listens may ask this manager, and does not find the lock taken.
+        drop(roles);
+        bus.tell(&role.into(), EventKind::Released);
         Ok(true)
     }
 
@@ -235,7 +237,8 @@ impl ConnectionManager {
         Watch::new(self.pool(role), role)
     }
 
-    /// Waits until `n` instances of a role are ready, and returns them, or more if more are.
+    /// Waits until `n` instances of a role are ready, and returns them, or more if more are, in the order of their ids.
+    /// Zero are there at once. The role is looked for from here on, and not idle while this waits.
     ///
     /// # Errors
     ///
@@ -254,7 +257,7 @@ impl ConnectionManager {
         within: Duration,
     ) -> Result<Vec<Instance>, Error> {
         let pool = self.pool(role)?;
-        let ready = pool.shared().enough(n, within).await?;
+        let ready = pool.enough(n, within).await?;
         let channel = Channel::new(pool);
         let instance = |endpoint| Instance::new(endpoint, &channel);
         Ok(ready.into_iter().filter_map(instance).collect())
@@ -264,7 +267,7 @@ impl ConnectionManager {
     pub fn events(&self) -> Events {
         match &self.inner.lock().open {
             Some(open) => open.bus.events(),
-            None => Bus::new().events(),
+            None => Bus::of_nobody().events(),
         }
     }
 
@@ -302,7 +305,7 @@ impl ConnectionManager {
         self.stop_gracefully(Duration::ZERO).await;
     }
 
-    /// The same, but calls in flight have this long to finish; those that are not sent yet, and later ones, fail at
+    /// The same, but calls in flight have this long to finish, one day at most; those that are not sent yet, and later ones, fail at
     /// once. Returns when all have, after this and two seconds at most. Of several stops the one that ends first
     /// counts.
     ///
@@ -343,7 +346,8 @@ impl ConnectionManager {
             idle_after: self.inner.idle_after,
         };
         let connector = self.inner.connector.clone();
-        let new = Pool::with(role, self.inner.config, setup, updates, connector)?;
+        // Begun under the lock, or somebody else's would dial and tell events beside it.
+        let begin = || Pool::with(role, self.inner.config, setup, updates, connector);
         let mut roles = self.inner.lock();
         if roles.open.is_none() {
             return Err(Error::new(Kind::Stopped).with_role(&role.into()));
@@ -352,6 +356,7 @@ impl ConnectionManager {
         let known = match roles.known.entry(role.to_owned()) {
             btree_map::Entry::Occupied(known) if known.get().pool.is_running() => known.into_mut(),
             btree_map::Entry::Occupied(mut ended) => {
+                let new = begin()?;
                 let depended_on = ended.get().depended_on.is_some();
                 let depended_on = depended_on.then(|| new.shared().interest.hold());
                 ended.insert(Role {
@@ -361,7 +366,7 @@ impl ConnectionManager {
                 ended.into_mut()
             }
             btree_map::Entry::Vacant(vacant) => vacant.insert(Role {
-                pool: new,
+                pool: begin()?,
                 depended_on: None,
             }),
         };

@@ -15,7 +15,7 @@ use crate::{
     pool::{
         Pool, WeakPool,
         changes::{Change, Changes},
-        status::Connectivity,
+        status::{Connectivity, EndpointStatus},
     },
     transport::Connection,
 };
@@ -40,7 +40,8 @@ enum Source {
         pool: WeakPool<Connection>,
         changes: Box<Changes<Connection>>,
         /// Of a change that is told in two.
-        next: Option<Box<InstanceChange>>,
+        /// Its status, and no instance, whose channel would keep the pool alive.
+        next: Option<Box<EndpointStatus>>,
     },
     /// It could not be watched, and why.
     Failed(Option<Arc<Error>>),
@@ -107,25 +108,25 @@ impl Stream for Watch {
             } => (pool, changes, next),
             Source::Failed(error) => return Poll::Ready(error.take().map(InstanceChange::Ended)),
         };
+        let channel = || match pool.upgrade() {
+            Some(pool) => Channel::new(pool),
+            None => Channel::broken(&this.role, &Error::new(Kind::Stopped)),
+        };
         loop {
-            if let Some(next) = next.take() {
-                return Poll::Ready(Some(*next));
+            if let Some(now) = next.take()
+                && let Some(instance) = Instance::new(*now, &channel())
+            {
+                return Poll::Ready(Some(in_state(instance)));
             }
             let Some(change) = ready!(changes.poll_change(cx)) else {
                 return Poll::Ready(None);
             };
-            let channel = || match pool.upgrade() {
-                Some(pool) => Channel::new(pool),
-                None => Channel::broken(&this.role, &Error::new(Kind::Stopped)),
-            };
             let told = match change {
                 Change::Added(now) => {
-                    let connecting = now.state == Connectivity::Connecting;
-                    let instance = Instance::new(now, &channel());
-                    if !connecting {
-                        *next = instance.clone().map(in_state).map(Box::new);
+                    if now.state != Connectivity::Connecting {
+                        *next = Some(Box::new(now.clone()));
                     }
-                    instance.map(InstanceChange::Added)
+                    Instance::new(now, &channel()).map(InstanceChange::Added)
                 }
                 Change::Changed { before, now } => {
                     let same = before == now.state;

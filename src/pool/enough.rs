@@ -2,10 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time;
+use tokio::time::Instant;
 
 use super::{
-    service::Shared,
+    service::{Pool, Shared},
     snapshot::{Entry, Resolution, Snapshot},
     status::EndpointStatus,
 };
@@ -14,7 +14,7 @@ use crate::error::{Error, Kind};
 /// How many endpoints an error names at most.
 const NAMED: usize = 3;
 
-impl<S> Shared<S> {
+impl<S, P> Pool<S, P> {
     /// Waits until `n` endpoints are ready that take anybody's calls.
     ///
     /// # Errors
@@ -25,16 +25,19 @@ impl<S> Shared<S> {
         n: usize,
         within: Duration,
     ) -> Result<Vec<EndpointStatus>, Error> {
-        let _held = self.interest.hold();
-        let mut time_up = std::pin::pin!(time::sleep(within));
+        let shared = self.shared();
+        let _held = shared.interest.hold();
+        // On the pool's own runtime: whoever waits may be in none.
+        let mut time_up = self.sleep(within);
+        let mut last = false;
         loop {
             // Interest first: nothing that happens after the look is missed.
-            let changed = self.next_change();
+            let changed = shared.next_change();
             {
-                let snapshot = self.snapshot.load();
+                let snapshot = shared.snapshot.load();
                 match &snapshot.resolution {
-                    Resolution::Stopped(_) => return Err(self.missing(&snapshot, n, within)),
-                    _ if snapshot.asleep => self.interest.want(),
+                    Resolution::Stopped(_) => return Err(shared.missing(&snapshot, n, within)),
+                    _ if snapshot.asleep => shared.interest.want(),
                     _ if up(&snapshot).count() >= n => {
                         let mut up: Vec<_> = up(&snapshot).map(|e| EndpointStatus::of(e)).collect();
                         up.sort_by(|a, b| a.peer.id.cmp(&b.peer.id));
@@ -42,17 +45,21 @@ impl<S> Shared<S> {
                     }
                     _ => {}
                 }
+                if last {
+                    return Err(shared.missing(&snapshot, n, within));
+                }
             }
             tokio::select! {
                 biased;
-                () = changed => {}
-                () = &mut time_up => {
-                    return Err(self.missing(&self.snapshot.load_full(), n, within));
-                }
+                // Also where each look finds something new, one is the last.
+                () = changed => last = time_up.deadline() <= Instant::now(),
+                () = &mut time_up => last = true,
             }
         }
     }
+}
 
+impl<S> Shared<S> {
     fn missing(&self, snapshot: &Snapshot<S>, n: usize, within: Duration) -> Error {
         let wanted = match n {
             1 => "1 is wanted".to_owned(),

@@ -264,7 +264,7 @@ where
         C: Connect<T, Service = S>,
     {
         let setup = Setup {
-            bus: Bus::new(),
+            bus: Bus::of_nobody(),
             idle_after: None,
         };
         Self::with(role, config, setup, updates, connect)
@@ -352,11 +352,11 @@ impl Handle {
         self.ended.has_changed().is_ok()
     }
 
-    /// Orders the end; of several orders the earliest counts.
+    /// Orders the end, within a day at most; of several orders the earliest counts.
     pub(crate) fn end(&self, within: Duration, why: Option<&'static str>) {
         // On a clock that tests can pause.
         let _entered = self.runtime.enter();
-        let by = time::Instant::now() + within;
+        let by = time::Instant::now() + within.min(Backoff::LONGEST);
         self.end.send_modify(|end| {
             *end = Some(match *end {
                 Some(first) => End {

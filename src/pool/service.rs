@@ -167,7 +167,7 @@ impl<S, P> Pool<S, P> {
         self.stop_gracefully(Duration::ZERO).await;
     }
 
-    /// The same, giving calls in flight this long to finish; calls that wait, and later ones, fail at once.
+    /// The same, giving calls in flight this long to finish, one day at most; calls that wait, and later ones, fail at once.
     ///
     /// Cancel safe. Of several stops the one that ends first counts.
     pub async fn stop_gracefully(&self, grace: Duration) {
@@ -179,6 +179,12 @@ impl<S, P> Pool<S, P> {
     #[cfg(feature = "manager")]
     pub(crate) fn end(&self, grace: Duration, why: Option<&'static str>) {
         self.inner.driver.end(grace, why);
+    }
+
+    /// A sleep on its own runtime.
+    #[cfg(feature = "manager")]
+    pub(super) fn sleep(&self, duration: Duration) -> Pin<Box<tokio::time::Sleep>> {
+        self.inner.driver.sleep(duration)
     }
 
     #[cfg(feature = "manager")]

@@ -267,11 +267,14 @@ where
         // The same generation: its connection stays, what is said of it changes.
         let peer = target.peer().clone();
         let moved = known.target.peer().address != peer.address;
-        let (was_stopping, stopping) = (known.target.stopping(), target.stopping());
+        let news = match (known.target.stopping(), target.stopping()) {
+            (false, true) => EventKind::Stopping { peer: peer.clone() },
+            _ => EventKind::Updated { peer: peer.clone() },
+        };
         if moved && known.task.is_some() {
             // The same session elsewhere: it takes new calls there, and finishes the old ones here.
             self.leave(number, &Command::Drain(self.shared.config.drain));
-            self.tell(EventKind::Updated { peer });
+            self.tell(news);
             return self.add(key, target);
         }
         known.target = target.clone();
@@ -289,17 +292,14 @@ where
             }
             // It was barred, or all are asleep.
             (None, None) => {
-                self.tell(EventKind::Updated { peer });
+                self.tell(news);
                 let number = self.start(number);
                 self.by_key.insert(key, number);
                 return;
             }
             (None, Some(task)) => {
                 task.nudge.notify_one();
-                self.tell(match (was_stopping, stopping) {
-                    (false, true) => EventKind::Stopping { peer },
-                    _ => EventKind::Updated { peer },
-                });
+                self.tell(news);
             }
         }
         self.show(number);

@@ -101,9 +101,11 @@ impl fmt::Display for Discovery {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Pending => f.write_str("pending"),
-            Self::Failed(why) => write!(f, "failed: {why}"),
+            Self::Failed(why) => write!(f, "failed: {}", Brief(&**why)),
             Self::Fresh => f.write_str("fresh"),
-            Self::Stale { since, why } => write!(f, "stale for {}: {why}", Age(*since)),
+            Self::Stale { since, why } => {
+                write!(f, "stale for {}: {}", Age(*since), Brief(&**why))
+            }
             Self::Stopped => f.write_str("stopped"),
         }
     }
