@@ -429,3 +429,46 @@ async fn whoever_says_that_it_is_stopping_while_its_role_is_idle_is_told_so() {
         .expect("it is told");
     assert!(!told.contains(&"updated"), "{told:?}");
 }
+
+#[tokio::test]
+async fn what_a_session_left_behind_where_it_was_ends_with_it() {
+    let registry = MemoryRegistry::new();
+    let (old, mut of_it) = served(&registry, "a").await;
+    let new = EchoServer::start("a");
+    let manager = ConnectionManager::builder(registry).build();
+    let channel = manager.channel("echo");
+    call(&channel, 0).await.unwrap();
+    let calls = in_flight(&channel, &old, 5, 60_000).await;
+    let to = new.address();
+    let moved = of_it.update(|session| Session::new("echo", to).with_id(session.id()));
+    moved.await.unwrap();
+    eventually("it is connected where it is now", || {
+        sockets_to(new.address.port()) == 1
+    })
+    .await;
+    assert_eq!(sockets_to(old.address.port()), 1, "its calls go on");
+    of_it.deregister().await.unwrap();
+    for call in calls {
+        let status = timeout(Duration::from_secs(1), call).await;
+        let status = status.expect("at once").unwrap().unwrap_err();
+        assert_eq!(kind_of(&status), Some(Kind::SessionDeleted), "{status}");
+    }
+}
+
+#[test]
+fn a_stop_is_bounded_also_where_nobody_drives_the_managers_runtime() {
+    let build = || {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    let (its, other) = (build(), build());
+    let manager = ConnectionManager::builder(MemoryRegistry::new()).build();
+    its.block_on(async { manager.depends_on("echo").unwrap() });
+    let began = Instant::now();
+    other.block_on(manager.stop());
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(4), "{took:?}");
+    assert!(manager.is_stopped());
+}

@@ -286,8 +286,8 @@ where
         let runtime = runtime::Handle::try_current().map_err(|error| {
             Error::invalid("pool", "made outside a tokio runtime").with_source(error)
         })?;
-        // Tokio has no other way to ask; better here than in somebody's call.
-        if panic::catch_unwind(|| drop(time::sleep(Duration::ZERO))).is_err() {
+        // Better here than in somebody's call.
+        if !has_timer() {
             return Err(Error::invalid(
                 "pool",
                 "made in a tokio runtime without enable_time",
@@ -368,13 +368,33 @@ impl Handle {
         });
     }
 
-    /// Waits for the end that was ordered.
-    pub(crate) async fn ended(&self) {
+    /// Waits for the end that was ordered, as long as it may take.
+    pub(crate) async fn ended(&self, within: Duration) {
         let mut ended = self.ended.clone();
         // Nothing is ever sent: an error is the driver's end.
-        let _ = ended.changed().await;
+        let ended = ended.changed();
+        // The driver keeps the time itself, unless its runtime is one that nobody drives at the moment. Whoever waits
+        // outside of any runtime has no other clock.
+        if has_timer() {
+            let _ = time::timeout(
+                within.min(Backoff::LONGEST) + driver::CLOSING + SPARE,
+                ended,
+            )
+            .await;
+        } else {
+            let _ = ended.await;
+        }
     }
 }
+
+/// Whether this is within a runtime that keeps time. Tokio has no other way to ask.
+fn has_timer() -> bool {
+    runtime::Handle::try_current().is_ok()
+        && panic::catch_unwind(|| drop(time::sleep(Duration::ZERO))).is_ok()
+}
+
+/// How much later than the driver its waiter gives up.
+const SPARE: Duration = Duration::from_millis(500);
 
 impl Drop for Handle {
     fn drop(&mut self) {

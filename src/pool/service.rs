@@ -172,7 +172,7 @@ impl<S, P> Pool<S, P> {
     /// Cancel safe. Of several stops the one that ends first counts.
     pub async fn stop_gracefully(&self, grace: Duration) {
         self.inner.driver.end(grace, None);
-        self.inner.driver.ended().await;
+        self.inner.driver.ended(grace).await;
     }
 
     /// Orders its end without waiting for it; `why` is what later calls hear.

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// How long closing may take once it was ordered.
-const CLOSING: Duration = Duration::from_secs(2);
+pub(in crate::pool) const CLOSING: Duration = Duration::from_secs(2);
 
 impl<K, T, C> Driver<K, T, C>
 where
@@ -114,7 +114,13 @@ impl<K, T, C: Connect<T>> Drop for Driver<K, T, C> {
 }
 
 impl<T, S> Known<T, S> {
+    /// Has its task end like this, and, if that is at once, those too that are finishing what it had before.
     pub(super) fn end(&self, command: Command) {
+        if let Command::Close(..) = &command {
+            for task in &self.former {
+                task.commands.send_replace(command.clone());
+            }
+        }
         if let Some(task) = &self.task {
             task.commands.send_replace(command);
         }

@@ -95,8 +95,8 @@ where
                 ready.mark_down("nobody uses it");
             }
             known.state = State::new(Phase::Idle);
-            self.draining.retain(|task| !task.commands.is_closed());
-            self.draining.push(task);
+            known.former.retain(|task| !task.commands.is_closed());
+            known.former.push(task);
             self.show(number);
         }
         self.dirty = true;

@@ -21,6 +21,7 @@ use tokio::{
     task::JoinSet,
 };
 
+pub(super) use self::end::CLOSING;
 use self::idle::Sweeps;
 use super::{
     End, Setup,
@@ -90,6 +91,8 @@ struct Known<T, S> {
     retired: Vec<load::Watched<Peer>>,
     /// None while it is barred, or all are asleep.
     task: Option<Task>,
+    /// Those that are finishing the calls that it had elsewhere, or before all slept: they end with its session.
+    former: Vec<Task>,
 }
 
 struct Task {
@@ -194,11 +197,7 @@ where
                 match panic::catch_unwind(|| drop(asked())) {
                     Ok(()) => self.insert(key, target),
                     Err(_panic) => {
-                        let role = &*self.shared.role;
-                        tracing::error!(
-                            role,
-                            "a target panicked when asked who it is; it is skipped"
-                        );
+                        self.complain("a target panicked when asked who it is; it is skipped")
                     }
                 }
             }
@@ -212,7 +211,9 @@ where
             }
             // A user's stream that panics has ended, as far as this task is concerned; what it said stays true.
             Err(_panic) => {
-                self.stale(panicked("the discovery stream panicked"));
+                self.complain("the discovery stream panicked; the last known set is kept");
+                let why = BoxError::from("the discovery stream panicked");
+                self.stale(Arc::from(why));
                 *updates = None;
             }
         }
@@ -259,7 +260,8 @@ where
             self.tell(EventKind::Added {
                 peer: target.peer().clone(),
             });
-            return self.add(key, target);
+            self.add(key, target);
+            return;
         };
         let Some(known) = self.endpoints.get_mut(&number) else {
             return;
@@ -273,9 +275,13 @@ where
         };
         if moved && known.task.is_some() {
             // The same session elsewhere: it takes new calls there, and finishes the old ones here.
-            self.leave(number, &Command::Drain(self.shared.config.drain));
+            let draining = self.leave(number, &Command::Drain(self.shared.config.drain));
             self.tell(news);
-            return self.add(key, target);
+            let number = self.add(key, target);
+            if let Some(known) = self.endpoints.get_mut(&number) {
+                known.former = draining;
+            }
+            return;
         }
         known.target = target.clone();
         match (target.barred(), &known.task) {
@@ -305,7 +311,8 @@ where
         self.show(number);
     }
 
-    fn add(&mut self, key: K, target: Arc<T>) {
+    /// A new endpoint, and its number.
+    fn add(&mut self, key: K, target: Arc<T>) -> u64 {
         self.last_key += 1;
         let number = self.last_key;
         *self.ids.entry(target.peer().id.clone()).or_default() += 1;
@@ -321,6 +328,7 @@ where
             lost: None,
             retired: Vec::new(),
             task: None,
+            former: Vec::new(),
             target,
         };
         let peer = known.target.peer().clone();
@@ -335,6 +343,7 @@ where
             None => self.start(number),
         };
         self.by_key.insert(key, number);
+        number
     }
 
     /// Has an endpoint that has no task connect, unless all are asleep. It gets a new number, which is returned: what
@@ -370,18 +379,22 @@ where
         };
         let peer = known.target.peer().clone();
         self.tell(EventKind::Removed { peer });
-        self.leave(number, &how);
+        let draining = self.leave(number, &how);
+        self.draining.retain(|task| !task.commands.is_closed());
+        self.draining.extend(draining);
     }
 
-    /// Takes an endpoint out of everything, and has its task end as told.
-    fn leave(&mut self, number: u64, how: &Command) {
+    /// Takes an endpoint out of everything, and has its tasks end as told; returns those that are not done at once.
+    fn leave(&mut self, number: u64, how: &Command) -> Vec<Task> {
         let Some(mut known) = self.endpoints.remove(&number) else {
-            return;
+            return Vec::new();
         };
         known.end(how.clone());
+        let mut draining = Vec::new();
         if let Command::Drain(_) = how {
-            self.draining.retain(|task| !task.commands.is_closed());
-            self.draining.extend(known.task.take());
+            draining = std::mem::take(&mut known.former);
+            draining.retain(|task| !task.commands.is_closed());
+            draining.extend(known.task.take());
         } else if let Some(ready) = &known.ready {
             ready.mark_down("session deleted");
         }
@@ -410,6 +423,7 @@ where
                 self.ids.remove(id);
             }
         }
+        draining
     }
 
     fn on_event(&mut self, key: u64, event: Event<C::Service>) {
@@ -576,6 +590,13 @@ impl<K, T, C: Connect<T>> Driver<K, T, C> {
         self.told.push(event);
     }
 
+    /// Of somebody's code that panicked. A subscriber may do so as well.
+    fn complain(&self, what: &str) {
+        let role = &*self.shared.role;
+        let complained = || tracing::error!(role, "{what}");
+        let _ = panic::catch_unwind(AssertUnwindSafe(complained));
+    }
+
     /// Stores the snapshot, wakes whoever waits for it, and tells what has happened, in this order.
     fn publish(&mut self) {
         if std::mem::take(&mut self.dirty) {
@@ -594,9 +615,4 @@ async fn next<K, T>(updates: &mut Updates<K, T>) -> thread::Result<Option<Update
         Some(updates) => AssertUnwindSafe(updates.next()).catch_unwind().await,
         None => std::future::pending().await,
     }
-}
-
-fn panicked(what: &'static str) -> SharedError {
-    tracing::error!("{what}; the last known set is kept");
-    Arc::from(BoxError::from(what))
 }
