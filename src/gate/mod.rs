@@ -127,7 +127,8 @@ impl Gate {
         self.core.shut(reason)
     }
 
-    /// Lets one call through as a probe, whose verdict opens it or shuts it again.
+    /// Lets one call through as a probe, whose verdict opens it or shuts it again. A probe that never ends holds its
+    /// place until it is dropped: shut the gate to give the next one a chance.
     ///
     /// `false`, and nothing changes, unless it was shut: an open gate needs no probe.
     pub fn half_open(&self) -> bool {
