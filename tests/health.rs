@@ -2,7 +2,14 @@
 
 mod support;
 
-use std::{sync::atomic::Ordering::SeqCst, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
 
 use futures_util::StreamExt as _;
 use support::{
@@ -19,6 +26,7 @@ use switchboard::{
     manager::{Connectivity, InstanceChange},
     transport::{Connector, HealthCheck},
 };
+use tokio::net::TcpListener;
 use tonic::Status;
 use tonic_health::ServingStatus::{self, NotServing, Serving};
 
@@ -175,4 +183,45 @@ async fn a_watch_of_health_does_not_keep_a_connection_that_is_to_go() {
     manager.stop_gracefully(Duration::from_secs(60)).await;
     assert!(began.elapsed() < Duration::from_secs(1));
     assert_eq!(sockets_to(a.address.port()), 0);
+}
+
+/// A peer that knows no service, says so, and hangs up a moment later; with how often it was dialled.
+async fn hangs_up_after_an_answer() -> (SocketAddr, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let accepted = Arc::new(AtomicUsize::new(0));
+    let count = accepted.clone();
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            count.fetch_add(1, SeqCst);
+            tokio::spawn(async move {
+                let mut connection = h2::server::handshake(socket).await?;
+                if let Some(request) = connection.accept().await {
+                    let (_request, mut respond) = request?;
+                    let response = http::Response::builder()
+                        .header("content-type", "application/grpc")
+                        .header("grpc-status", "12")
+                        .body(());
+                    respond.send_response(response.unwrap(), true)?;
+                    let moment = Duration::from_millis(10);
+                    let _ = tokio::time::timeout(moment, connection.accept()).await;
+                }
+                Ok::<_, h2::Error>(())
+            });
+        }
+    });
+    (address, accepted)
+}
+
+#[tokio::test]
+async fn who_answers_for_its_health_and_hangs_up_is_dialled_with_backoff() {
+    let registry = MemoryRegistry::new();
+    let (address, accepted) = hangs_up_after_an_answer().await;
+    let session = Session::new("echo", address.to_string()).with_id("a");
+    let _of_a = registry.register(session).await.unwrap();
+    let manager = managed(&registry, HealthCheck::Role);
+    manager.depends_on("echo").unwrap();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let dials = accepted.load(SeqCst);
+    assert!((1..10).contains(&dials), "{dials} dials in 2 s");
 }
