@@ -1,6 +1,7 @@
 //! What all parts of a component share.
 
 use std::{
+    collections::VecDeque,
     fmt,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, atomic::AtomicBool},
     time::{Duration, SystemTime},
@@ -33,8 +34,9 @@ pub(crate) struct Core {
     pub(super) dependencies: Vec<Dependency>,
     pub(super) hooks: Hooks,
     pub(super) settings: Settings,
-    /// Changed by one at a time, who also tells.
     standing: Mutex<Standing>,
+    /// What is to be told of it.
+    untold: Mutex<Untold>,
     states: watch::Sender<ComponentState>,
     since: Mutex<SystemTime>,
     /// Its registration before it is begun.
@@ -51,6 +53,14 @@ pub(crate) struct Core {
     pub(super) draining: CancellationToken,
     /// It needs the manager no more.
     pub(super) done: AtomicBool,
+}
+
+/// States that events have not been told of. One at a time tells them, in their order and under no lock: who is told,
+/// such as a subscriber of `tracing`, may change the state again.
+#[derive(Debug, Default)]
+struct Untold {
+    states: VecDeque<ComponentState>,
+    is_being_told: bool,
 }
 
 /// A role that a component depends on or watches.
@@ -106,6 +116,7 @@ impl Core {
             settings,
             states: watch::Sender::new(Standing::new().current()),
             standing: Mutex::new(Standing::new()),
+            untold: Mutex::default(),
             since: Mutex::new(SystemTime::now()),
             register: Mutex::new(register),
             registration: tokio::sync::Mutex::default(),
@@ -117,7 +128,9 @@ impl Core {
             done: AtomicBool::new(false),
         });
         core.components.add(&core);
-        core.tell_state(core.state());
+        lock(&core.untold).states.push_back(core.state());
+        core.components.changed();
+        core.tell_states();
         core
     }
 
@@ -158,13 +171,31 @@ impl Core {
         *lock(&self.since) = SystemTime::now();
         self.states.send_replace(state.clone());
         // Under the lock: in the order in which it was so.
-        self.tell_state(state);
+        lock(&self.untold).states.push_back(state);
+        drop(standing);
+        self.components.changed();
+        self.tell_states();
     }
 
-    fn tell_state(&self, state: ComponentState) {
-        self.components.changed();
-        let peer = self.peer.clone();
-        self.tell(EventKind::Component { peer, state });
+    fn tell_states(&self) {
+        loop {
+            let state = {
+                let mut untold = lock(&self.untold);
+                // Who is at it, further down or elsewhere, tells this one too.
+                if untold.is_being_told {
+                    return;
+                }
+                let Some(state) = untold.states.pop_front() else {
+                    return;
+                };
+                untold.is_being_told = true;
+                state
+            };
+            let peer = self.peer.clone();
+            // It does not panic.
+            self.tell(EventKind::Component { peer, state });
+            lock(&self.untold).is_being_told = false;
+        }
     }
 
     pub(super) fn tell(&self, kind: EventKind) {

@@ -1,7 +1,7 @@
 //! The state machine, on paused time, over the registry in memory.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, Weak, mpsc},
     time::Duration,
 };
 
@@ -622,4 +622,59 @@ async fn a_manager_outlives_the_first_of_its_components() {
     // Each counts for itself: the last one is not kept for.
     of("four").start().await.expect("good").stop().await;
     assert!(manager.status().stopped);
+}
+
+/// A subscriber that calls back into the component whose state it is told.
+struct Meddler(Weak<Component>);
+
+impl tracing::Subscriber for Meddler {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        metadata.target() == "switchboard::events"
+    }
+
+    fn event(&self, _: &tracing::Event<'_>) {
+        if let Some(component) = self.0.upgrade() {
+            assert_eq!(component.manager().status().components.len(), 1);
+            component.recovered();
+        }
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::Id {
+        tracing::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::Id, _: &tracing::Id) {}
+    fn enter(&self, _: &tracing::Id) {}
+    fn exit(&self, _: &tracing::Id) {}
+}
+
+#[tokio::test]
+async fn who_is_told_of_its_state_may_change_it() {
+    let registry = MemoryRegistry::new();
+    let component = Arc::new(server(&registry, "1").start().await.expect("good"));
+    component.healthy().await.expect("it is registered");
+    let mut events = component.manager().events();
+
+    // On a thread of its own, which may hang
+    let (done, is_done) = mpsc::channel();
+    let own = component.clone();
+    std::thread::spawn(move || {
+        let meddler = Meddler(Arc::downgrade(&own));
+        tracing::subscriber::with_default(meddler, || own.abnormal("the disk is full"));
+        done.send(())
+    });
+
+    let bound = Duration::from_secs(10);
+    is_done.recv_timeout(bound).expect("it waits for nobody");
+    assert_eq!(component.state(), ComponentState::Healthy);
+    let mut told = Vec::new();
+    while let Some(Some(event)) = events.next().now_or_never() {
+        told.push(event.to_string());
+    }
+    let expected = [
+        "echo 1 at 10.0.0.1:1: Abnormal: the disk is full",
+        "echo 1 at 10.0.0.1:1: Healthy",
+    ];
+    assert_eq!(told, expected);
 }
