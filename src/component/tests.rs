@@ -328,7 +328,7 @@ async fn the_program_says_that_it_is_abnormal_and_that_it_has_recovered() {
     let shown = status.to_string();
     assert!(!status.components[0].serving, "{shown}");
     assert!(
-        shown.contains("Abnormal for 0ms (the disk is full)"),
+        shown.contains("Abnormal for ") && shown.contains("ms (the disk is full)"),
         "{shown}"
     );
     let json = serde_json::to_value(&status).expect("it can be written");
@@ -468,7 +468,7 @@ async fn a_client_registers_nothing_and_is_healthy_at_once() {
     assert_eq!(registry.revision(), before);
     let shown = component.manager().status().to_string();
     assert!(
-        shown.contains("Healthy for 0ms; rootcoord 0 ready\n"),
+        shown.contains("Healthy for ") && shown.contains("ms; rootcoord 0 ready\n"),
         "{shown}"
     );
 }
