@@ -261,6 +261,13 @@ impl Core {
     }
 }
 
+impl Drop for Core {
+    /// Where a stop went on without its component, this is when it leaves the list.
+    fn drop(&mut self) {
+        self.components.forget_those_gone();
+    }
+}
+
 impl fmt::Debug for Core {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Component")

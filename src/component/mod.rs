@@ -106,7 +106,7 @@ use crate::{
 /// over one manager.
 ///
 /// Dropping it removes its session in the background, as well as that can be done, and ends its tasks; its manager goes
-/// on. [`stop`](Component::stop) waits, and takes the steps in order.
+/// on. [`stop`](Component::stop) waits, and takes the steps in order; one that has begun goes on when it is dropped.
 ///
 /// ```
 /// use switchboard::{Component, ConnectionManager, MemoryRegistry, component::ComponentState};
@@ -253,8 +253,12 @@ impl Component {
 impl Drop for Component {
     fn drop(&mut self) {
         let core = &self.core;
+        // A stop under way goes on: all that is left is its own to end.
+        if *core.stopper.borrow() == core::Stopper::Stop {
+            return;
+        }
         core.ending.cancel();
-        // A stop under way has it; that ends with its task, and the registration with it.
+        // Nobody has it now: whoever else takes it borrows the component.
         if let Ok(mut registration) = core.registration.try_lock() {
             drop(registration.take());
         }

@@ -47,7 +47,7 @@ impl Component {
         let core = &*self.core;
         let (true, Some(_turn)) = (
             !self.ran.swap(true, Ordering::Relaxed),
-            core.turn(Stopper::Run),
+            self.core.turn(Stopper::Run),
         ) else {
             let why = "it is run already, or was, or is being stopped; a component is run once";
             return Err(Error::invalid("run", why).with_role(&core.peer.role));
@@ -125,14 +125,16 @@ impl Component {
                 Stopper::Run if *core.requests.borrow() == 0 => core.request(),
                 Stopper::Run | Stopper::Stop => {}
                 Stopper::Nobody => {
-                    let core = self.core.clone();
-                    task = Some(self.tasks.runtime.spawn(async move {
-                        // Somebody else may have been faster.
-                        if let Some(_turn) = core.turn(Stopper::Stop) {
+                    // Taken here: a component that is dropped sees it, before the task has done anything. If somebody
+                    // else was faster, that is a change.
+                    if let Some(turn) = self.core.turn(Stopper::Stop) {
+                        let core = self.core.clone();
+                        task = Some(self.tasks.runtime.spawn(async move {
+                            let _turn = turn;
                             let mut none = Server::<Ready<Result<(), Error>>>::none(&core.peer);
                             let _ = core.end(&mut none).await;
-                        }
-                    }));
+                        }));
+                    }
                 }
             }
             let ended = async {
@@ -144,15 +146,18 @@ impl Component {
             tokio::select! {
                 biased;
                 _ = states.wait_for(|state| *state == ComponentState::Stopped) => return,
-                // `run` was dropped: it is this one's turn.
-                _ = stopper.changed() => {}
+                // Before the turn that it gives back, or that would be taken again and again.
                 ended = ended => {
                     // Its runtime is gone, and all that it was with it.
                     if ended.is_err() {
+                        core.ending.cancel();
+                        core.draining.cancel();
                         return core.say_end(ComponentState::Stopped);
                     }
                     task = None;
                 }
+                // `run` was dropped: it is this one's turn.
+                _ = stopper.changed() => {}
             }
         }
     }

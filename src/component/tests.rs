@@ -582,7 +582,12 @@ fn a_stop_ends_although_its_runtime_is_gone() {
     let component = own.block_on(server(&registry, "1").start());
     let component = component.expect("good");
     drop(own);
-    runtime().block_on(component.stop());
+    // And whoever waits for its drain is told, too.
+    runtime().block_on(async {
+        component.stop().await;
+        component.stopping().await;
+        component.stop().await;
+    });
     assert_eq!(component.state(), ComponentState::Stopped);
 }
 
@@ -603,6 +608,37 @@ async fn a_stop_goes_on_without_its_waiter_and_without_the_component() {
     sleep(2 * SECOND).await;
     assert!(registry.record("echo/1").is_none());
     assert_eq!(steps.all().last().map(String::as_str), Some("Stopped"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_that_has_only_begun_goes_on_without_the_component() {
+    let registry = MemoryRegistry::new();
+    let steps = Steps::default();
+    let told = steps.clone();
+    let builder = server(&registry, "1");
+    let manager = builder.manager().clone();
+    let component = builder.hook(move |step| {
+        told.tell(&step);
+        std::future::ready(())
+    });
+    let component = component.start().await.expect("good");
+    component.healthy().await.expect("it is registered");
+    let mut states = component.states();
+
+    // When it is dropped before its stop has done anything
+    assert!(component.stop().now_or_never().is_none());
+    drop(component);
+
+    // Then it takes its steps all the same, and has not stopped, nor is gone, before it has
+    assert_ne!(*states.borrow(), ComponentState::Stopped);
+    assert_eq!(manager.status().components.len(), 1);
+    until(&mut states, "Stopped").await;
+    let all = ["Stopping", "Drained", "Deregistered", "Stopped"];
+    assert_eq!(steps.all()[3..], all);
+    assert!(registry.record("echo/1").is_none());
+    assert!(manager.status().stopped);
+    sleep(SECOND).await;
+    assert!(manager.status().components.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
