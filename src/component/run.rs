@@ -122,8 +122,8 @@ impl Component {
         loop {
             let now = *stopper.borrow_and_update();
             match now {
-                Stopper::Run if *core.requests.borrow() == 0 => core.request(),
-                Stopper::Run | Stopper::Stop => {}
+                Stopper::Run => core.request_once(),
+                Stopper::Stop => {}
                 Stopper::Nobody => {
                     // Taken here: a component that is dropped sees it, before the task has done anything. If somebody
                     // else was faster, that is a change.

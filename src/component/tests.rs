@@ -641,6 +641,21 @@ async fn a_stop_that_has_only_begun_goes_on_without_the_component() {
     assert!(manager.status().components.is_empty());
 }
 
+#[tokio::test]
+async fn stops_at_the_same_instant_ask_once() {
+    let registry = MemoryRegistry::new();
+    let component = server(&registry, "1").build().expect("good");
+    let mut requests = component.core.requests.subscribe();
+    component.core.request_once();
+    assert_eq!(*requests.borrow_and_update(), 1);
+    // As the other of two that both found that nobody had asked.
+    component.core.request_once();
+    assert!(!requests.has_changed().expect("it lives"));
+    // Who asks again in as many words does mean it.
+    component.shutdown();
+    assert_eq!(*requests.borrow(), 2);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_manager_outlives_the_first_of_its_components() {
     let registry = MemoryRegistry::new();
