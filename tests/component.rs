@@ -712,3 +712,39 @@ async fn a_process_ends_well_at_sigterm_and_at_once_at_a_second_signal() {
         assert_eq!(answer.is_ok(), second.is_none(), "{answer:?}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_it_needs_for_a_moment_leaves_nobody_with_a_wrong_health() {
+    use ServingStatus::{NotServing, Serving};
+
+    // Given a server that needs another
+    let registry = MemoryRegistry::new();
+    let node = Node::start(&registry, "a", |b| b.serving_needs("rootcoord", 1));
+    node.component.healthy().await.expect("it lives");
+    let manager = node.component.manager().clone();
+    let root = EchoServer::start("root");
+    let mut health = Health::of(node.at);
+    for _ in 0..10 {
+        // When that is there for a moment in which somebody begins to watch
+        let session = Session::new("rootcoord", root.address());
+        let registration = registry.register(session).await.expect("good");
+        let ready = manager.ready("rootcoord", 1, 10 * SECOND).await.map(drop);
+        ready.expect("it is there");
+        let mut watch = health.watch("echo").await;
+        let mut last = next(&mut watch).await;
+        registration.deregister().await.expect("it can");
+        eventually("it is gone", || {
+            manager.status().components[0].dependencies[0].ready == 0
+        })
+        .await;
+
+        // Then the last that is heard is that it does not serve
+        while let Ok(Ok(word)) = timeout(SECOND / 4, watch.message()).await {
+            last = word.map(|word| word.status());
+        }
+        assert!(last == Some(NotServing), "{last:?} is not what holds");
+        assert_ne!(health.check("echo").await.expect("it answers"), Serving);
+    }
+    node.component.shutdown();
+    node.ended(5 * SECOND).await.expect("it ends well");
+}

@@ -127,14 +127,9 @@ impl Core {
 
     /// Tells those who watch its health when what it needs comes or goes.
     pub(super) async fn watch_needs(self: Arc<Self>) {
-        let mut had = self.has_needs();
         loop {
+            self.look_at_needs();
             sleep(NEEDS).await;
-            let has = self.has_needs();
-            if has != had {
-                had = has;
-                self.components.changed();
-            }
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     fmt,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, atomic::AtomicBool},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, atomic::AtomicBool, atomic::Ordering},
     time::{Duration, SystemTime},
 };
 
@@ -39,6 +39,9 @@ pub(crate) struct Core {
     untold: Mutex<Untold>,
     states: watch::Sender<ComponentState>,
     since: Mutex<SystemTime>,
+    /// Whether all that it needs to serve was ready when that was last looked at. All who ask for its health see this,
+    /// and are told when it changes.
+    has_needs: AtomicBool,
     /// Its registration before it is begun.
     pub(super) register: Mutex<Option<Register>>,
     pub(super) registration: tokio::sync::Mutex<Option<Registration>>,
@@ -106,6 +109,7 @@ impl Core {
         register: Option<Register>,
     ) -> Arc<Self> {
         let components = manager.components().clone();
+        let has_needs = AtomicBool::new(dependencies.iter().all(|d| d.serving.is_none()));
         let core = Arc::new(Self {
             peer,
             manager,
@@ -118,6 +122,7 @@ impl Core {
             standing: Mutex::new(Standing::new()),
             untold: Mutex::default(),
             since: Mutex::new(SystemTime::now()),
+            has_needs,
             register: Mutex::new(register),
             registration: tokio::sync::Mutex::default(),
             registered: OnceLock::new(),
@@ -227,10 +232,17 @@ impl Core {
         self.manager.count_ready(role)
     }
 
-    /// Whether all that it needs to serve is ready.
-    pub(super) fn has_needs(&self) -> bool {
+    /// Looks whether all that it needs to serve is ready, and tells if that has changed.
+    pub(super) fn look_at_needs(&self) {
         let mut all = self.dependencies.iter();
-        all.all(|d| d.serving.is_none_or(|n| self.ready(&d.role) >= n))
+        let has = all.all(|d| d.serving.is_none_or(|n| self.ready(&d.role) >= n));
+        if has != self.has_needs.swap(has, Ordering::SeqCst) {
+            self.components.changed();
+        }
+    }
+
+    fn has_needs(&self) -> bool {
+        self.has_needs.load(Ordering::SeqCst)
     }
 
     pub(crate) fn role(&self) -> &str {
