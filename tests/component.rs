@@ -748,3 +748,40 @@ async fn what_it_needs_for_a_moment_leaves_nobody_with_a_wrong_health() {
     node.component.shutdown();
     node.ended(5 * SECOND).await.expect("it ends well");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_that_is_not_answered_does_not_keep_a_session_of_one_that_has_stopped() {
+    // Given a server whose session is being changed, several times, while etcd does not answer
+    let etcd = Etcd::start().await;
+    let registry = view::registry(&[etcd.endpoint()]).await;
+    let component = Component::builder("echo", ConnectionManager::builder(registry).build())
+        .advertise(free_address().to_string())
+        .start()
+        .await
+        .expect("it waits for nobody");
+    component.healthy().await.expect("it lives");
+    let component = Arc::new(component);
+    etcd.pause();
+    let zoned = |session: Session| session.with_metadata("zone", "b");
+    let changes = [(); 4].map(|()| {
+        let own = component.clone();
+        tokio::spawn(async move { own.update(zoned).await })
+    });
+    sleep(SECOND / 5).await;
+
+    // When it is stopped, and etcd is back
+    let began = Instant::now();
+    component.stop().await;
+    assert!(began.elapsed() < 8 * SECOND, "{:?}", began.elapsed());
+    assert_eq!(component.state(), ComponentState::Stopped);
+    etcd.resume();
+
+    // Then its session is gone although the component is not, and does not come back
+    eventually_async("it is gone", async || etcd.count("").await == 0).await;
+    sleep(2 * SECOND).await;
+    assert_eq!(etcd.count("").await, 0);
+    for change in changes {
+        let changed = timeout(SECOND, change).await.expect("it has ended");
+        changed.expect("no panic").expect_err("nobody answered");
+    }
+}

@@ -52,6 +52,8 @@ pub(crate) struct Core {
     pub(super) stopper: watch::Sender<Stopper>,
     /// Its stop has begun: what its registration says is nobody's business any more.
     pub(super) ending: CancellationToken,
+    /// Its session is being removed: whoever changes it lets go of it.
+    pub(super) leaving: CancellationToken,
     /// Its server is to take no new calls.
     pub(super) draining: CancellationToken,
     /// It needs the manager no more.
@@ -129,6 +131,7 @@ impl Core {
             requests: watch::Sender::new(0),
             stopper: watch::Sender::new(Stopper::Nobody),
             ending: CancellationToken::new(),
+            leaving: CancellationToken::new(),
             draining: CancellationToken::new(),
             done: AtomicBool::new(false),
         });

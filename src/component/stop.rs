@@ -137,6 +137,7 @@ impl Core {
     }
 
     async fn deregister(&self, within: Duration) {
+        self.leaving.cancel();
         let removed = timeout(within, async {
             match self.registration.lock().await.take() {
                 None => Ok(()),
