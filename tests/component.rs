@@ -358,12 +358,15 @@ async fn what_a_server_fails_with_is_returned_when_all_is_stopped() {
 
 #[tokio::test]
 async fn a_server_that_cannot_listen_ends_it_before_it_is_registered() {
+    // Given another that listens where it wants to
     let registry = MemoryRegistry::new();
+    let other = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let at = other.local_addr().expect("it is bound");
     let component = Component::builder("echo", manager(&registry))
-        .advertise(free_address().to_string())
+        .advertise(at.to_string())
         .build()
         .expect("it can work");
-    let server = async { Err::<(), _>(io::Error::other("the address is in use")) };
+    let server = async { TcpListener::bind(at).await.map(drop) };
     let ran = timeout(5 * SECOND, component.run(server)).await;
     let error = ran.expect("in time").expect_err("it failed");
     assert!(error.to_string().contains("in use"), "{error}");

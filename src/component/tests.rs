@@ -729,3 +729,153 @@ async fn who_is_told_of_its_state_may_change_it() {
     ];
     assert_eq!(told, expected);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_hook_of_the_start_that_hangs_does_not_hold_up_the_end_of_a_run() {
+    for hangs in [Step::Declared, Step::Required] {
+        let registry = MemoryRegistry::new();
+        let component = Component::builder("proxy", manager(&registry))
+            .signals(false)
+            .hook(move |step| {
+                let hangs = step == hangs;
+                async move {
+                    if hangs {
+                        std::future::pending::<()>().await;
+                    }
+                }
+            })
+            .build()
+            .expect("good");
+        let began = Instant::now();
+        let server = async {
+            component.stopping().await;
+            Ok::<(), BoxError>(())
+        };
+        let stop = async {
+            sleep(SECOND).await;
+            component.stop().await;
+        };
+        let (ran, ()) = tokio::join!(component.run(server), stop);
+        ran.expect("it ends well");
+        assert!(began.elapsed() < 2 * SECOND, "{:?}", began.elapsed());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_stands_by_and_is_abnormal_is_still_so_when_it_takes_over() {
+    let registry = MemoryRegistry::new();
+    let active = exclusive(&registry, "1").start().await.expect("good");
+    active.healthy().await.expect("it is the only one");
+    let standby = exclusive(&registry, "2").start().await.expect("good");
+    standby.recovered();
+    standby.abnormal("the disk is full");
+    until(&mut standby.states(), "Abnormal").await;
+    active.stop().await;
+    sleep(5 * SECOND).await;
+    let registered = standby.registration();
+    assert!(
+        matches!(registered, Some(RegistrationState::Registered { .. })),
+        "{registered:?}"
+    );
+    assert_eq!(standby.state().to_string(), "Abnormal: the disk is full");
+    standby.recovered();
+    assert_eq!(standby.state(), ComponentState::Healthy);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_active_one_that_is_active_anew_while_its_hook_runs_takes_that_back_first() {
+    let registry = MemoryRegistry::new();
+    let (steps, go) = (Steps::default(), Arc::new(Semaphore::new(0)));
+    let (told, gate) = (steps.clone(), go.clone());
+    let component = exclusive(&registry, "1").hook(move |step| {
+        told.tell(&step);
+        let gate = gate.clone();
+        async move {
+            if let Step::Activated { .. } = step {
+                gate.acquire().await.expect("it is open").forget();
+            }
+        }
+    });
+    let component = component.start().await.expect("good");
+    let mut states = component.states();
+    let waits = |state: &ComponentState| state.to_string().contains("its hook runs");
+    states.wait_for(waits).await.expect("it says so");
+
+    assert!(registry.delete("echo/active"));
+    sleep(10 * SECOND).await;
+    assert!(registry.record("echo/active").is_some());
+    go.add_permits(2);
+    until(&mut states, "Healthy").await;
+
+    let taken = ["Activated", "Deactivated", "Activated"];
+    assert_eq!(steps.all()[2..], taken);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hook_may_stop_its_component_and_may_drop_it() {
+    // Given one that is stopped by its own hook, which waits for that
+    let registry = MemoryRegistry::new();
+    let own = Arc::new(Mutex::new(None::<Arc<Component>>));
+    let of = own.clone();
+    let component = server(&registry, "1").hook(move |step| {
+        let component = of.lock().unwrap().clone();
+        async move {
+            if let (Step::Registered { .. }, Some(component)) = (step, component) {
+                component.abnormal("it ends");
+                assert_eq!(component.manager().status().components.len(), 1);
+                component.stop().await;
+            }
+        }
+    });
+    let component = Arc::new(component.build().expect("good"));
+    *own.lock().unwrap() = Some(component.clone());
+    component.begin().await.expect("good");
+    let began = Instant::now();
+    until(&mut component.states(), "Stopped").await;
+    assert!(began.elapsed() < 5 * SECOND, "{:?}", began.elapsed());
+    assert!(registry.record("echo/1").is_none());
+
+    // And one that is dropped by it
+    let own = Arc::new(Mutex::new(None::<Component>));
+    let of = own.clone();
+    let component = server(&registry, "2").hook(move |step| {
+        if let Step::Registered { .. } = step {
+            drop(of.lock().unwrap().take());
+        }
+        std::future::ready(())
+    });
+    let component = component.build().expect("good");
+    let manager = component.manager().clone();
+    component.begin().await.expect("good");
+    let mut states = component.states();
+    *own.lock().unwrap() = Some(component);
+    until(&mut states, "Stopped").await;
+    sleep(5 * SECOND).await;
+    assert!(registry.record("echo/2").is_none());
+    assert!(manager.status().components.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_is_bounded_whatever_hangs() {
+    let registry = MemoryRegistry::new();
+    let component = server(&registry, "1").drain(10 * SECOND).signals(false);
+    let component = component.hook(|step| async move {
+        match step {
+            Step::Stopping | Step::Drained | Step::Deregistered | Step::Stopped => {
+                std::future::pending().await
+            }
+            _ => {}
+        }
+    });
+    let component = component.start().await.expect("good");
+    component.healthy().await.expect("it is registered");
+    registry.set_available(false);
+    let began = Instant::now();
+    component.shutdown();
+    let run = component.run(std::future::pending::<Result<(), BoxError>>());
+    run.await.expect("it ends well");
+    // Four hooks, the drain, two words to the registry, and the manager.
+    let took = began.elapsed();
+    assert!(took < (4 * 30 + 10 + 2 * 2 + 2 + 1) * SECOND, "{took:?}");
+    assert_eq!(component.state(), ComponentState::Stopped);
+}
