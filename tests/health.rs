@@ -143,6 +143,7 @@ async fn one_that_does_not_serve_yet_is_not_called_before_it_does() {
     let (a, _of_a) = served(&registry, "a", true).await;
     // Nothing is said under its role's name: the service is not known.
     let manager = managed(&registry, HealthCheck::Role);
+    let mut events = manager.events();
     let channel = manager.channel("echo");
     let status = call(&channel, 0).await.unwrap_err();
     let expected = "1 session is known, it does not serve: ";
@@ -154,6 +155,12 @@ async fn one_that_does_not_serve_yet_is_not_called_before_it_does() {
     assert_eq!(a.seen.started.load(SeqCst), 0);
     says(&a, Serving).await;
     eventually_async("it is called", || async { call(&channel, 0).await.is_ok() }).await;
+    // It is for the first time that it serves.
+    let mut told = Vec::new();
+    while let Some(Some(event)) = futures_util::FutureExt::now_or_never(events.next()) {
+        told.extend(event.peer().map(|_| event.kind.name()));
+    }
+    assert_eq!(told, ["added", "connecting", "not_serving", "connected"]);
     // Under the empty name tonic's server says that it serves; without a check nobody asks.
     for check in [HealthCheck::Overall, HealthCheck::Off] {
         says(&a, NotServing).await;
