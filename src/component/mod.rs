@@ -200,6 +200,9 @@ impl Component {
 
     /// Where it stands, to be watched: the newest is always there, and whoever reads slowly misses those in between.
     /// It is closed after `Stopped`, when the component is dropped.
+    ///
+    /// What `borrow` and `wait_for` give is a lock on the state: let go of it before anything else is done with the
+    /// component.
     pub fn states(&self) -> watch::Receiver<ComponentState> {
         self.core.states()
     }
