@@ -240,7 +240,8 @@ impl Component {
     }
 
     /// The service `grpc.health.v1.Health`, to be added to its server, once: it answers for all components over the same
-    /// manager. See [`HealthService`].
+    /// manager. Where several share a server, take that of the one that runs it: who watches is let go of when that one
+    /// drains. See [`HealthService`].
     pub fn health(&self) -> HealthServer<HealthService> {
         let core = &self.core;
         let health = HealthService::new(core.components.clone(), core.draining.clone());
