@@ -358,12 +358,15 @@ async fn what_a_server_fails_with_is_returned_when_all_is_stopped() {
 
 #[tokio::test]
 async fn a_server_that_cannot_listen_ends_it_before_it_is_registered() {
+    // Given another that listens where it wants to
     let registry = MemoryRegistry::new();
+    let other = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let at = other.local_addr().expect("it is bound");
     let component = Component::builder("echo", manager(&registry))
-        .advertise(free_address().to_string())
+        .advertise(at.to_string())
         .build()
         .expect("it can work");
-    let server = async { Err::<(), _>(io::Error::other("the address is in use")) };
+    let server = async { TcpListener::bind(at).await.map(drop) };
     let ran = timeout(5 * SECOND, component.run(server)).await;
     let error = ran.expect("in time").expect_err("it failed");
     assert!(error.to_string().contains("in use"), "{error}");
@@ -710,5 +713,78 @@ async fn a_process_ends_well_at_sigterm_and_at_once_at_a_second_signal() {
         assert_eq!(ended.success(), second.is_none(), "{ended}");
         let answer = call.await.unwrap();
         assert_eq!(answer.is_ok(), second.is_none(), "{answer:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_it_needs_for_a_moment_leaves_nobody_with_a_wrong_health() {
+    use ServingStatus::{NotServing, Serving};
+
+    // Given a server that needs another
+    let registry = MemoryRegistry::new();
+    let node = Node::start(&registry, "a", |b| b.serving_needs("rootcoord", 1));
+    node.component.healthy().await.expect("it lives");
+    let manager = node.component.manager().clone();
+    let root = EchoServer::start("root");
+    let mut health = Health::of(node.at);
+    for _ in 0..10 {
+        // When that is there for a moment in which somebody begins to watch
+        let session = Session::new("rootcoord", root.address());
+        let registration = registry.register(session).await.expect("good");
+        let ready = manager.ready("rootcoord", 1, 10 * SECOND).await.map(drop);
+        ready.expect("it is there");
+        let mut watch = health.watch("echo").await;
+        let mut last = next(&mut watch).await;
+        registration.deregister().await.expect("it can");
+        eventually("it is gone", || {
+            manager.status().components[0].dependencies[0].ready == 0
+        })
+        .await;
+
+        // Then the last that is heard is that it does not serve
+        while let Ok(Ok(word)) = timeout(SECOND / 4, watch.message()).await {
+            last = word.map(|word| word.status());
+        }
+        assert!(last == Some(NotServing), "{last:?} is not what holds");
+        assert_ne!(health.check("echo").await.expect("it answers"), Serving);
+    }
+    node.component.shutdown();
+    node.ended(5 * SECOND).await.expect("it ends well");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_that_is_not_answered_does_not_keep_a_session_of_one_that_has_stopped() {
+    // Given a server whose session is being changed, several times, while etcd does not answer
+    let etcd = Etcd::start().await;
+    let registry = view::registry(&[etcd.endpoint()]).await;
+    let component = Component::builder("echo", ConnectionManager::builder(registry).build())
+        .advertise(free_address().to_string())
+        .start()
+        .await
+        .expect("it waits for nobody");
+    component.healthy().await.expect("it lives");
+    let component = Arc::new(component);
+    etcd.pause();
+    let zoned = |session: Session| session.with_metadata("zone", "b");
+    let changes = [(); 4].map(|()| {
+        let own = component.clone();
+        tokio::spawn(async move { own.update(zoned).await })
+    });
+    sleep(SECOND / 5).await;
+
+    // When it is stopped, and etcd is back
+    let began = Instant::now();
+    component.stop().await;
+    assert!(began.elapsed() < 8 * SECOND, "{:?}", began.elapsed());
+    assert_eq!(component.state(), ComponentState::Stopped);
+    etcd.resume();
+
+    // Then its session is gone although the component is not, and does not come back
+    eventually_async("it is gone", async || etcd.count("").await == 0).await;
+    sleep(2 * SECOND).await;
+    assert_eq!(etcd.count("").await, 0);
+    for change in changes {
+        let changed = timeout(SECOND, change).await.expect("it has ended");
+        changed.expect("no panic").expect_err("nobody answered");
     }
 }

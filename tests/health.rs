@@ -2,7 +2,14 @@
 
 mod support;
 
-use std::{sync::atomic::Ordering::SeqCst, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
 
 use futures_util::StreamExt as _;
 use support::{
@@ -19,6 +26,7 @@ use switchboard::{
     manager::{Connectivity, InstanceChange},
     transport::{Connector, HealthCheck},
 };
+use tokio::{net::TcpListener, sync::Notify};
 use tonic::Status;
 use tonic_health::ServingStatus::{self, NotServing, Serving};
 
@@ -135,6 +143,7 @@ async fn one_that_does_not_serve_yet_is_not_called_before_it_does() {
     let (a, _of_a) = served(&registry, "a", true).await;
     // Nothing is said under its role's name: the service is not known.
     let manager = managed(&registry, HealthCheck::Role);
+    let mut events = manager.events();
     let channel = manager.channel("echo");
     let status = call(&channel, 0).await.unwrap_err();
     let expected = "1 session is known, it does not serve: ";
@@ -146,6 +155,12 @@ async fn one_that_does_not_serve_yet_is_not_called_before_it_does() {
     assert_eq!(a.seen.started.load(SeqCst), 0);
     says(&a, Serving).await;
     eventually_async("it is called", || async { call(&channel, 0).await.is_ok() }).await;
+    // It is for the first time that it serves.
+    let mut told = Vec::new();
+    while let Some(Some(event)) = futures_util::FutureExt::now_or_never(events.next()) {
+        told.extend(event.peer().map(|_| event.kind.name()));
+    }
+    assert_eq!(told, ["added", "connecting", "not_serving", "connected"]);
     // Under the empty name tonic's server says that it serves; without a check nobody asks.
     for check in [HealthCheck::Overall, HealthCheck::Off] {
         says(&a, NotServing).await;
@@ -175,4 +190,157 @@ async fn a_watch_of_health_does_not_keep_a_connection_that_is_to_go() {
     manager.stop_gracefully(Duration::from_secs(60)).await;
     assert!(began.elapsed() < Duration::from_secs(1));
     assert_eq!(sockets_to(a.address.port()), 0);
+}
+
+/// A peer that knows no service, says so, and hangs up a moment later; with how often it was dialled.
+async fn hangs_up_after_an_answer() -> (SocketAddr, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let accepted = Arc::new(AtomicUsize::new(0));
+    let count = accepted.clone();
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            count.fetch_add(1, SeqCst);
+            tokio::spawn(async move {
+                let mut connection = h2::server::handshake(socket).await?;
+                if let Some(request) = connection.accept().await {
+                    let (_request, mut respond) = request?;
+                    let response = http::Response::builder()
+                        .header("content-type", "application/grpc")
+                        .header("grpc-status", "12")
+                        .body(());
+                    respond.send_response(response.unwrap(), true)?;
+                    let moment = Duration::from_millis(10);
+                    let _ = tokio::time::timeout(moment, connection.accept()).await;
+                }
+                Ok::<_, h2::Error>(())
+            });
+        }
+    });
+    (address, accepted)
+}
+
+#[tokio::test]
+async fn who_answers_for_its_health_and_hangs_up_is_dialled_with_backoff() {
+    let registry = MemoryRegistry::new();
+    let (address, accepted) = hangs_up_after_an_answer().await;
+    let session = Session::new("echo", address.to_string()).with_id("a");
+    let _of_a = registry.register(session).await.unwrap();
+    let manager = managed(&registry, HealthCheck::Role);
+    manager.depends_on("echo").unwrap();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let dials = accepted.load(SeqCst);
+    assert!((1..10).contains(&dials), "{dials} dials in 2 s");
+}
+
+/// A peer that takes each request and never answers it; it closes its connections when told to.
+async fn never_answers(close: Arc<Notify>) -> (SocketAddr, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let streams = Arc::new(AtomicUsize::new(0));
+    let count = streams.clone();
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let (count, close) = (count.clone(), close.clone());
+            tokio::spawn(async move {
+                let mut connection = h2::server::handshake(socket).await?;
+                let mut open = Vec::new();
+                let serve = async {
+                    while let Some(request) = connection.accept().await {
+                        count.fetch_add(1, SeqCst);
+                        open.push(request?);
+                    }
+                    Ok::<_, h2::Error>(())
+                };
+                tokio::select! {
+                    ended = serve => ended,
+                    () = close.notified() => Ok(()),
+                }
+            });
+        }
+    });
+    (address, streams)
+}
+
+#[tokio::test]
+async fn who_does_not_say_how_it_is_is_not_called() {
+    let registry = MemoryRegistry::new();
+    let close = Arc::new(Notify::new());
+    let (address, streams) = never_answers(close.clone()).await;
+    let session = Session::new("echo", address.to_string()).with_id("a");
+    let mut of_a = registry.register(session).await.unwrap();
+    let manager = managed(&registry, HealthCheck::Role);
+    let channel = manager.channel("echo");
+    let began = std::time::Instant::now();
+    let status = call(&channel, 0).await.unwrap_err();
+    let took = began.elapsed();
+    assert!(
+        status.message().contains("did not say whether it serves"),
+        "{status}"
+    );
+    assert_eq!(took.as_secs(), 5, "{took:?}");
+    // Pinned too, at once; and who waits for one that is ready is told.
+    let status = call(&channel.to("a"), 0).await.unwrap_err();
+    assert!(status.message().contains("did not say"), "{status}");
+    let bound = Duration::from_millis(100);
+    let error = manager.ready("echo", 1, bound).await.map(drop).unwrap_err();
+    assert!(error.to_string().contains("did not say"), "{error}");
+    assert_eq!(streams.load(SeqCst), 1);
+    assert_eq!(manager.status().roles[0].endpoints[0].in_flight, 0);
+
+    // When its connection is lost, it is dialled again
+    close.notify_waiters();
+    eventually("it is asked again", || streams.load(SeqCst) == 2).await;
+    // When it stops and is gone, it is let go of
+    of_a.stopping().await.unwrap();
+    of_a.deregister().await.unwrap();
+    eventually("it is closed", || sockets_to(address.port()) == 0).await;
+}
+
+#[tokio::test]
+async fn who_changes_its_mind_fast_is_as_it_last_said() {
+    let registry = MemoryRegistry::new();
+    let (a, _of_a) = served(&registry, "a", true).await;
+    let manager = managed(&registry, HealthCheck::Role);
+    let channel = manager.channel("echo");
+    for last in [Serving, NotServing, Serving] {
+        for _ in 0..500 {
+            says(&a, NotServing).await;
+            let _ = call(&channel, 0).await;
+            says(&a, Serving).await;
+        }
+        says(&a, last).await;
+        let expected = match last {
+            Serving => Connectivity::Ready,
+            _ => Connectivity::NotServing,
+        };
+        eventually("it is so", || state(&manager, "a") == Some(expected)).await;
+        assert_eq!(call(&channel, 0).await.is_ok(), last == Serving);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(state(&manager, "a"), Some(expected));
+        assert_eq!(sockets_to(a.address.port()), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_peer_that_does_not_serve_and_dies_is_found_when_it_is_back() {
+    let registry = MemoryRegistry::new();
+    let (mut a, _of_a) = served(&registry, "a", true).await;
+    says(&a, NotServing).await;
+    let manager = managed(&registry, HealthCheck::Role);
+    let channel = manager.channel("echo");
+    assert!(call(&channel, 0).await.is_err());
+    a.killed().await;
+    eventually("it is heard of", || {
+        state(&manager, "a") != Some(Connectivity::NotServing)
+    })
+    .await;
+    let options = Options {
+        address: Some(a.address),
+        ..Options::default()
+    };
+    let _again = EchoServer::start_with("a", options);
+    eventually_async("it is called", || async { call(&channel, 0).await.is_ok() }).await;
+    let role = &manager.status().roles[0];
+    assert_eq!(role.endpoints[0].in_flight, 0);
 }

@@ -105,6 +105,7 @@ impl Core {
         let (began, mut warned) = (Instant::now(), false);
         loop {
             let error = match timeout(ANSWER, TcpStream::connect(address)).await {
+                Ok(Ok(stream)) if is_with_itself(&stream) => "nobody listens there".to_owned(),
                 Ok(Ok(_)) => return,
                 Ok(Err(error)) => error.to_string(),
                 Err(_) => format!("no answer within {ANSWER:?}"),
@@ -126,14 +127,41 @@ impl Core {
 
     /// Tells those who watch its health when what it needs comes or goes.
     pub(super) async fn watch_needs(self: Arc<Self>) {
-        let mut had = self.has_needs();
         loop {
+            self.look_at_needs();
             sleep(NEEDS).await;
-            let has = self.has_needs();
-            if has != had {
-                had = has;
-                self.components.changed();
-            }
         }
+    }
+}
+
+/// Whether both of its ends are the same. TCP makes such a connection where nobody listens, if the port that the system
+/// picks for the one end happens to be that of the other: once in some ten thousand looks at a port of that range.
+fn is_with_itself(stream: &TcpStream) -> bool {
+    match (stream.local_addr(), stream.peer_addr()) {
+        (Ok(local), Ok(peer)) => local == peer,
+        // It has ended already, and somebody was there to end it.
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::{TcpListener, TcpSocket};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_with_itself_is_with_no_server() {
+        let any = "127.0.0.1:0".parse().expect("an address");
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.bind(any).expect("a free port");
+        let own = socket.local_addr().expect("it is bound");
+        let stream = socket.connect(own).await.expect("it meets itself");
+        assert!(is_with_itself(&stream));
+
+        let listener = TcpListener::bind(any).await.expect("a free port");
+        let at = listener.local_addr().expect("it is bound");
+        let stream = TcpStream::connect(at).await.expect("it listens");
+        assert!(!is_with_itself(&stream));
     }
 }

@@ -125,10 +125,15 @@ impl Builder {
     /// - `Registered` and `Activated`: the component is `Abnormal` because of it, and the hook is told again after 1 s,
     ///   then ever later, up to 30 s, until it does not fail. It should bear that. It goes on while the registration
     ///   changes, is then told anew, and is dropped when the component stops.
-    /// - `Deactivated`, and all of the stop: it is logged. In the stop a hook has 30 s, and is then dropped.
+    /// - `Deactivated`, and all of the stop: it is logged. In the stop the hooks of a step have 30 s together, and are
+    ///   then dropped.
     ///
-    /// Several hooks are told one after the other, up to the first that fails. Before `Registered` there is no time
-    /// limit but the user's own.
+    /// Several hooks are told one after the other, up to the first that fails: those after it do not hear of the step.
+    /// Before `Registered` there is no time limit but the user's own.
+    ///
+    /// A hook may call the component, and may ask it to [`shutdown`](Component::shutdown). It should not wait for what
+    /// waits for itself: [`healthy`](Component::healthy) in any hook of the start, [`stop`](Component::stop) in one of the
+    /// stop. It should hold it weakly ([`std::sync::Weak`]): the component holds its hooks.
     ///
     /// ```no_run
     /// # use switchboard::{Component, ConnectionManager, MemoryRegistry, component::Step};

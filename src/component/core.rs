@@ -1,8 +1,9 @@
 //! What all parts of a component share.
 
 use std::{
+    collections::VecDeque,
     fmt,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, atomic::AtomicBool},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, atomic::AtomicBool, atomic::Ordering},
     time::{Duration, SystemTime},
 };
 
@@ -33,10 +34,14 @@ pub(crate) struct Core {
     pub(super) dependencies: Vec<Dependency>,
     pub(super) hooks: Hooks,
     pub(super) settings: Settings,
-    /// Changed by one at a time, who also tells.
     standing: Mutex<Standing>,
+    /// What is to be told of it.
+    untold: Mutex<Untold>,
     states: watch::Sender<ComponentState>,
     since: Mutex<SystemTime>,
+    /// Whether all that it needs to serve was ready when that was last looked at. All who ask for its health see this,
+    /// and are told when it changes.
+    has_needs: AtomicBool,
     /// Its registration before it is begun.
     pub(super) register: Mutex<Option<Register>>,
     pub(super) registration: tokio::sync::Mutex<Option<Registration>>,
@@ -47,10 +52,20 @@ pub(crate) struct Core {
     pub(super) stopper: watch::Sender<Stopper>,
     /// Its stop has begun: what its registration says is nobody's business any more.
     pub(super) ending: CancellationToken,
+    /// Its session is being removed: whoever changes it lets go of it.
+    pub(super) leaving: CancellationToken,
     /// Its server is to take no new calls.
     pub(super) draining: CancellationToken,
     /// It needs the manager no more.
     pub(super) done: AtomicBool,
+}
+
+/// States that events have not been told of. One at a time tells them, in their order and under no lock: who is told,
+/// such as a subscriber of `tracing`, may change the state again.
+#[derive(Debug, Default)]
+struct Untold {
+    states: VecDeque<ComponentState>,
+    is_being_told: bool,
 }
 
 /// A role that a component depends on or watches.
@@ -96,6 +111,7 @@ impl Core {
         register: Option<Register>,
     ) -> Arc<Self> {
         let components = manager.components().clone();
+        let has_needs = AtomicBool::new(dependencies.iter().all(|d| d.serving.is_none()));
         let core = Arc::new(Self {
             peer,
             manager,
@@ -106,18 +122,23 @@ impl Core {
             settings,
             states: watch::Sender::new(Standing::new().current()),
             standing: Mutex::new(Standing::new()),
+            untold: Mutex::default(),
             since: Mutex::new(SystemTime::now()),
+            has_needs,
             register: Mutex::new(register),
             registration: tokio::sync::Mutex::default(),
             registered: OnceLock::new(),
             requests: watch::Sender::new(0),
             stopper: watch::Sender::new(Stopper::Nobody),
             ending: CancellationToken::new(),
+            leaving: CancellationToken::new(),
             draining: CancellationToken::new(),
             done: AtomicBool::new(false),
         });
         core.components.add(&core);
-        core.tell_state(core.state());
+        lock(&core.untold).states.push_back(core.state());
+        core.components.changed();
+        core.tell_states();
         core
     }
 
@@ -158,13 +179,31 @@ impl Core {
         *lock(&self.since) = SystemTime::now();
         self.states.send_replace(state.clone());
         // Under the lock: in the order in which it was so.
-        self.tell_state(state);
+        lock(&self.untold).states.push_back(state);
+        drop(standing);
+        self.components.changed();
+        self.tell_states();
     }
 
-    fn tell_state(&self, state: ComponentState) {
-        self.components.changed();
-        let peer = self.peer.clone();
-        self.tell(EventKind::Component { peer, state });
+    fn tell_states(&self) {
+        loop {
+            let state = {
+                let mut untold = lock(&self.untold);
+                // Who is at it, further down or elsewhere, tells this one too.
+                if untold.is_being_told {
+                    return;
+                }
+                let Some(state) = untold.states.pop_front() else {
+                    return;
+                };
+                untold.is_being_told = true;
+                state
+            };
+            let peer = self.peer.clone();
+            // It does not panic.
+            self.tell(EventKind::Component { peer, state });
+            lock(&self.untold).is_being_told = false;
+        }
     }
 
     pub(super) fn tell(&self, kind: EventKind) {
@@ -196,10 +235,17 @@ impl Core {
         self.manager.count_ready(role)
     }
 
-    /// Whether all that it needs to serve is ready.
-    pub(super) fn has_needs(&self) -> bool {
+    /// Looks whether all that it needs to serve is ready, and tells if that has changed.
+    pub(super) fn look_at_needs(&self) {
         let mut all = self.dependencies.iter();
-        all.all(|d| d.serving.is_none_or(|n| self.ready(&d.role) >= n))
+        let has = all.all(|d| d.serving.is_none_or(|n| self.ready(&d.role) >= n));
+        if has != self.has_needs.swap(has, Ordering::SeqCst) {
+            self.components.changed();
+        }
+    }
+
+    fn has_needs(&self) -> bool {
+        self.has_needs.load(Ordering::SeqCst)
     }
 
     pub(crate) fn role(&self) -> &str {
@@ -227,6 +273,13 @@ impl Core {
     pub(super) fn registration_state(&self) -> Option<RegistrationState> {
         let states = self.registered.get()?;
         Some(states.borrow().clone())
+    }
+}
+
+impl Drop for Core {
+    /// Where a stop went on without its component, this is when it leaves the list.
+    fn drop(&mut self) {
+        self.components.forget_those_gone();
     }
 }
 

@@ -109,7 +109,7 @@ pub use tonic_health::pb::health_server::HealthServer;
 /// over one manager.
 ///
 /// Dropping it removes its session in the background, as well as that can be done, and ends its tasks; its manager goes
-/// on. [`stop`](Component::stop) waits, and takes the steps in order.
+/// on. [`stop`](Component::stop) waits, and takes the steps in order; one that has begun goes on when it is dropped.
 ///
 /// ```
 /// use switchboard::{Component, ConnectionManager, MemoryRegistry, component::ComponentState};
@@ -203,6 +203,9 @@ impl Component {
 
     /// Where it stands, to be watched: the newest is always there, and whoever reads slowly misses those in between.
     /// It is closed after `Stopped`, when the component is dropped.
+    ///
+    /// What `borrow` and `wait_for` give is a lock on the state: let go of it before anything else is done with the
+    /// component.
     pub fn states(&self) -> watch::Receiver<ComponentState> {
         self.core.states()
     }
@@ -240,7 +243,8 @@ impl Component {
     }
 
     /// The service `grpc.health.v1.Health`, to be added to its server, once: it answers for all components over the same
-    /// manager. See [`HealthService`].
+    /// manager. Where several share a server, take that of the one that runs it: who watches is let go of when that one
+    /// drains. See [`HealthService`].
     pub fn health(&self) -> HealthServer<HealthService> {
         let core = &self.core;
         let health = HealthService::new(core.components.clone(), core.draining.clone());
@@ -256,8 +260,12 @@ impl Component {
 impl Drop for Component {
     fn drop(&mut self) {
         let core = &self.core;
+        // A stop under way goes on: all that is left is its own to end.
+        if *core.stopper.borrow() == core::Stopper::Stop {
+            return;
+        }
         core.ending.cancel();
-        // A stop under way has it; that ends with its task, and the registration with it.
+        // Nobody has it now: whoever else takes it borrows the component.
         if let Ok(mut registration) = core.registration.try_lock() {
             drop(registration.take());
         }

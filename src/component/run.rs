@@ -21,6 +21,11 @@ impl Component {
     /// a TCP connection to [`listens_at`](super::Builder::listens_at), tried every 50 ms; after 5 s without one a warning
     /// says so, and it is tried on. A component that was [started](super::Builder::start) before is registered already.
     ///
+    /// Whoever listens there is taken for this server. One that binds its address late, after other work of its own, is
+    /// registered before it can fail if another has that address, and takes the other's session if that is of the same
+    /// id. So bind first, as above, and run the server on that listener; or bind at the future's first poll, as tonic's
+    /// `serve_with_shutdown` does: it then fails before anybody looks.
+    ///
     /// The end of the server is a request to stop, too. The stop is that of [`stop`](Component::stop), with the server
     /// in its middle: it has [`drain`](super::Builder::drain) to end, and is then dropped. tonic's connections are
     /// tasks of their own; what is still in flight on them then ends with the runtime, which is when `main` returns.
@@ -47,7 +52,7 @@ impl Component {
         let core = &*self.core;
         let (true, Some(_turn)) = (
             !self.ran.swap(true, Ordering::Relaxed),
-            core.turn(Stopper::Run),
+            self.core.turn(Stopper::Run),
         ) else {
             let why = "it is run already, or was, or is being stopped; a component is run once";
             return Err(Error::invalid("run", why).with_role(&core.peer.role));
@@ -105,9 +110,11 @@ impl Component {
     /// most); a moment for those who call it to [hear](super::Builder::settle) of that; [`stopping`](Component::stopping)
     /// is ready; the server drains; the hook; the session is removed (2 s at most); the hook; the manager stops, unless
     /// it is [kept](super::Builder::keep_manager) or another component of it has not stopped; the hook; `Stopped`.
-    /// What fails on the way is logged, and the stop goes on; a hook has 30 s.
+    /// What fails on the way is logged, and the stop goes on; the hooks of one step have 30 s together. So it takes as long
+    /// as they do, the settling and the drain, and 6 s more at the very most.
     ///
-    /// While it is [run](Component::run) this is a [`shutdown`](Component::shutdown) that is waited for. Otherwise no
+    /// While it is [run](Component::run) this is a [`shutdown`](Component::shutdown) that is waited for: the future of
+    /// `run` does the stop, and has to be polled, or dropped, for this one to end. Otherwise no
     /// server is known, and none is waited for: who has one ends it at `stopping`, and waits for it in the hook for
     /// [`Step::Drained`](super::Step::Drained).
     ///
@@ -122,17 +129,19 @@ impl Component {
         loop {
             let now = *stopper.borrow_and_update();
             match now {
-                Stopper::Run if *core.requests.borrow() == 0 => core.request(),
-                Stopper::Run | Stopper::Stop => {}
+                Stopper::Run => core.request_once(),
+                Stopper::Stop => {}
                 Stopper::Nobody => {
-                    let core = self.core.clone();
-                    task = Some(self.tasks.runtime.spawn(async move {
-                        // Somebody else may have been faster.
-                        if let Some(_turn) = core.turn(Stopper::Stop) {
+                    // Taken here: a component that is dropped sees it, before the task has done anything. If somebody
+                    // else was faster, that is a change.
+                    if let Some(turn) = self.core.turn(Stopper::Stop) {
+                        let core = self.core.clone();
+                        task = Some(self.tasks.runtime.spawn(async move {
+                            let _turn = turn;
                             let mut none = Server::<Ready<Result<(), Error>>>::none(&core.peer);
                             let _ = core.end(&mut none).await;
-                        }
-                    }));
+                        }));
+                    }
                 }
             }
             let ended = async {
@@ -144,15 +153,18 @@ impl Component {
             tokio::select! {
                 biased;
                 _ = states.wait_for(|state| *state == ComponentState::Stopped) => return,
-                // `run` was dropped: it is this one's turn.
-                _ = stopper.changed() => {}
+                // Before the turn that it gives back, or that would be taken again and again.
                 ended = ended => {
                     // Its runtime is gone, and all that it was with it.
                     if ended.is_err() {
+                        core.ending.cancel();
+                        core.draining.cancel();
                         return core.say_end(ComponentState::Stopped);
                     }
                     task = None;
                 }
+                // `run` was dropped: it is this one's turn.
+                _ = stopper.changed() => {}
             }
         }
     }

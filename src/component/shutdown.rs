@@ -123,4 +123,13 @@ impl Core {
     pub(super) fn request(&self) {
         self.requests.send_modify(|n| *n = n.saturating_add(1));
     }
+
+    /// The first one, unless there was one.
+    pub(super) fn request_once(&self) {
+        self.requests.send_if_modified(|n| {
+            let is_first = *n == 0;
+            *n = (*n).max(1);
+            is_first
+        });
+    }
 }

@@ -1,6 +1,10 @@
 //! The order in which a component stops.
 
-use std::{future::Future, sync::atomic::Ordering, time::Duration};
+use std::{
+    future::Future,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use tokio::time::{sleep, timeout};
 
@@ -22,13 +26,13 @@ const WORD: Duration = Duration::from_secs(2);
 const AT_ONCE: Duration = Duration::from_millis(250);
 
 /// The right to stop a component, given back when it is dropped.
-pub(super) struct Turn<'a>(&'a Core);
+pub(super) struct Turn(Arc<Core>);
 
 // === impl Core ===
 
 impl Core {
     /// Nobody => (Run | Stop) => Nobody
-    pub(super) fn turn(&self, who: Stopper) -> Option<Turn<'_>> {
+    pub(super) fn turn(self: &Arc<Self>, who: Stopper) -> Option<Turn> {
         let taken = self.stopper.send_if_modified(|stopper| {
             let free = *stopper == Stopper::Nobody;
             if free {
@@ -37,7 +41,7 @@ impl Core {
             free
         });
         // Not made where it was not taken: it gives back what it stands for.
-        taken.then(|| Turn(self))
+        taken.then(|| Turn(self.clone()))
     }
 
     /// The stop, which another request cuts short.
@@ -133,6 +137,7 @@ impl Core {
     }
 
     async fn deregister(&self, within: Duration) {
+        self.leaving.cancel();
         let removed = timeout(within, async {
             match self.registration.lock().await.take() {
                 None => Ok(()),
@@ -167,7 +172,7 @@ impl Core {
 
 // === impl Turn ===
 
-impl Drop for Turn<'_> {
+impl Drop for Turn {
     fn drop(&mut self) {
         self.0.stopper.send_replace(Stopper::Nobody);
     }

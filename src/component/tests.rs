@@ -1,7 +1,7 @@
 //! The state machine, on paused time, over the registry in memory.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, Weak, mpsc},
     time::Duration,
 };
 
@@ -328,7 +328,7 @@ async fn the_program_says_that_it_is_abnormal_and_that_it_has_recovered() {
     let shown = status.to_string();
     assert!(!status.components[0].serving, "{shown}");
     assert!(
-        shown.contains("Abnormal for 0ms (the disk is full)"),
+        shown.contains("Abnormal for ") && shown.contains("ms (the disk is full)"),
         "{shown}"
     );
     let json = serde_json::to_value(&status).expect("it can be written");
@@ -468,7 +468,7 @@ async fn a_client_registers_nothing_and_is_healthy_at_once() {
     assert_eq!(registry.revision(), before);
     let shown = component.manager().status().to_string();
     assert!(
-        shown.contains("Healthy for 0ms; rootcoord 0 ready\n"),
+        shown.contains("Healthy for ") && shown.contains("ms; rootcoord 0 ready\n"),
         "{shown}"
     );
 }
@@ -582,7 +582,12 @@ fn a_stop_ends_although_its_runtime_is_gone() {
     let component = own.block_on(server(&registry, "1").start());
     let component = component.expect("good");
     drop(own);
-    runtime().block_on(component.stop());
+    // And whoever waits for its drain is told, too.
+    runtime().block_on(async {
+        component.stop().await;
+        component.stopping().await;
+        component.stop().await;
+    });
     assert_eq!(component.state(), ComponentState::Stopped);
 }
 
@@ -606,6 +611,52 @@ async fn a_stop_goes_on_without_its_waiter_and_without_the_component() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_stop_that_has_only_begun_goes_on_without_the_component() {
+    let registry = MemoryRegistry::new();
+    let steps = Steps::default();
+    let told = steps.clone();
+    let builder = server(&registry, "1");
+    let manager = builder.manager().clone();
+    let component = builder.hook(move |step| {
+        told.tell(&step);
+        std::future::ready(())
+    });
+    let component = component.start().await.expect("good");
+    component.healthy().await.expect("it is registered");
+    let mut states = component.states();
+
+    // When it is dropped before its stop has done anything
+    assert!(component.stop().now_or_never().is_none());
+    drop(component);
+
+    // Then it takes its steps all the same, and has not stopped, nor is gone, before it has
+    assert_ne!(*states.borrow(), ComponentState::Stopped);
+    assert_eq!(manager.status().components.len(), 1);
+    until(&mut states, "Stopped").await;
+    let all = ["Stopping", "Drained", "Deregistered", "Stopped"];
+    assert_eq!(steps.all()[3..], all);
+    assert!(registry.record("echo/1").is_none());
+    assert!(manager.status().stopped);
+    sleep(SECOND).await;
+    assert!(manager.status().components.is_empty());
+}
+
+#[tokio::test]
+async fn stops_at_the_same_instant_ask_once() {
+    let registry = MemoryRegistry::new();
+    let component = server(&registry, "1").build().expect("good");
+    let mut requests = component.core.requests.subscribe();
+    component.core.request_once();
+    assert_eq!(*requests.borrow_and_update(), 1);
+    // As the other of two that both found that nobody had asked.
+    component.core.request_once();
+    assert!(!requests.has_changed().expect("it lives"));
+    // Who asks again in as many words does mean it.
+    component.shutdown();
+    assert_eq!(*requests.borrow(), 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_manager_outlives_the_first_of_its_components() {
     let registry = MemoryRegistry::new();
     let manager = manager(&registry);
@@ -622,4 +673,209 @@ async fn a_manager_outlives_the_first_of_its_components() {
     // Each counts for itself: the last one is not kept for.
     of("four").start().await.expect("good").stop().await;
     assert!(manager.status().stopped);
+}
+
+/// A subscriber that calls back into the component whose state it is told.
+struct Meddler(Weak<Component>);
+
+impl tracing::Subscriber for Meddler {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        metadata.target() == "switchboard::events"
+    }
+
+    fn event(&self, _: &tracing::Event<'_>) {
+        if let Some(component) = self.0.upgrade() {
+            assert_eq!(component.manager().status().components.len(), 1);
+            component.recovered();
+        }
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::Id {
+        tracing::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::Id, _: &tracing::Id) {}
+    fn enter(&self, _: &tracing::Id) {}
+    fn exit(&self, _: &tracing::Id) {}
+}
+
+#[tokio::test]
+async fn who_is_told_of_its_state_may_change_it() {
+    let registry = MemoryRegistry::new();
+    let component = Arc::new(server(&registry, "1").start().await.expect("good"));
+    component.healthy().await.expect("it is registered");
+    let mut events = component.manager().events();
+
+    // On a thread of its own, which may hang
+    let (done, is_done) = mpsc::channel();
+    let own = component.clone();
+    std::thread::spawn(move || {
+        let meddler = Meddler(Arc::downgrade(&own));
+        tracing::subscriber::with_default(meddler, || own.abnormal("the disk is full"));
+        done.send(())
+    });
+
+    let bound = Duration::from_secs(10);
+    is_done.recv_timeout(bound).expect("it waits for nobody");
+    assert_eq!(component.state(), ComponentState::Healthy);
+    let mut told = Vec::new();
+    while let Some(Some(event)) = events.next().now_or_never() {
+        told.push(event.to_string());
+    }
+    let expected = [
+        "echo 1 at 10.0.0.1:1: Abnormal: the disk is full",
+        "echo 1 at 10.0.0.1:1: Healthy",
+    ];
+    assert_eq!(told, expected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hook_of_the_start_that_hangs_does_not_hold_up_the_end_of_a_run() {
+    for hangs in [Step::Declared, Step::Required] {
+        let registry = MemoryRegistry::new();
+        let component = Component::builder("proxy", manager(&registry))
+            .signals(false)
+            .hook(move |step| {
+                let hangs = step == hangs;
+                async move {
+                    if hangs {
+                        std::future::pending::<()>().await;
+                    }
+                }
+            })
+            .build()
+            .expect("good");
+        let began = Instant::now();
+        let server = async {
+            component.stopping().await;
+            Ok::<(), BoxError>(())
+        };
+        let stop = async {
+            sleep(SECOND).await;
+            component.stop().await;
+        };
+        let (ran, ()) = tokio::join!(component.run(server), stop);
+        ran.expect("it ends well");
+        assert!(began.elapsed() < 2 * SECOND, "{:?}", began.elapsed());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_stands_by_and_is_abnormal_is_still_so_when_it_takes_over() {
+    let registry = MemoryRegistry::new();
+    let active = exclusive(&registry, "1").start().await.expect("good");
+    active.healthy().await.expect("it is the only one");
+    let standby = exclusive(&registry, "2").start().await.expect("good");
+    standby.recovered();
+    standby.abnormal("the disk is full");
+    until(&mut standby.states(), "Abnormal").await;
+    active.stop().await;
+    sleep(5 * SECOND).await;
+    let registered = standby.registration();
+    assert!(
+        matches!(registered, Some(RegistrationState::Registered { .. })),
+        "{registered:?}"
+    );
+    assert_eq!(standby.state().to_string(), "Abnormal: the disk is full");
+    standby.recovered();
+    assert_eq!(standby.state(), ComponentState::Healthy);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_active_one_that_is_active_anew_while_its_hook_runs_takes_that_back_first() {
+    let registry = MemoryRegistry::new();
+    let (steps, go) = (Steps::default(), Arc::new(Semaphore::new(0)));
+    let (told, gate) = (steps.clone(), go.clone());
+    let component = exclusive(&registry, "1").hook(move |step| {
+        told.tell(&step);
+        let gate = gate.clone();
+        async move {
+            if let Step::Activated { .. } = step {
+                gate.acquire().await.expect("it is open").forget();
+            }
+        }
+    });
+    let component = component.start().await.expect("good");
+    let mut states = component.states();
+    let waits = |state: &ComponentState| state.to_string().contains("its hook runs");
+    states.wait_for(waits).await.expect("it says so");
+
+    assert!(registry.delete("echo/active"));
+    sleep(10 * SECOND).await;
+    assert!(registry.record("echo/active").is_some());
+    go.add_permits(2);
+    until(&mut states, "Healthy").await;
+
+    let taken = ["Activated", "Deactivated", "Activated"];
+    assert_eq!(steps.all()[2..], taken);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hook_may_stop_its_component_and_may_drop_it() {
+    // Given one that is stopped by its own hook, which waits for that
+    let registry = MemoryRegistry::new();
+    let own = Arc::new(Mutex::new(None::<Arc<Component>>));
+    let of = own.clone();
+    let component = server(&registry, "1").hook(move |step| {
+        let component = of.lock().unwrap().clone();
+        async move {
+            if let (Step::Registered { .. }, Some(component)) = (step, component) {
+                component.abnormal("it ends");
+                assert_eq!(component.manager().status().components.len(), 1);
+                component.stop().await;
+            }
+        }
+    });
+    let component = Arc::new(component.build().expect("good"));
+    *own.lock().unwrap() = Some(component.clone());
+    component.begin().await.expect("good");
+    let began = Instant::now();
+    until(&mut component.states(), "Stopped").await;
+    assert!(began.elapsed() < 5 * SECOND, "{:?}", began.elapsed());
+    assert!(registry.record("echo/1").is_none());
+
+    // And one that is dropped by it
+    let own = Arc::new(Mutex::new(None::<Component>));
+    let of = own.clone();
+    let component = server(&registry, "2").hook(move |step| {
+        if let Step::Registered { .. } = step {
+            drop(of.lock().unwrap().take());
+        }
+        std::future::ready(())
+    });
+    let component = component.build().expect("good");
+    let manager = component.manager().clone();
+    component.begin().await.expect("good");
+    let mut states = component.states();
+    *own.lock().unwrap() = Some(component);
+    until(&mut states, "Stopped").await;
+    sleep(5 * SECOND).await;
+    assert!(registry.record("echo/2").is_none());
+    assert!(manager.status().components.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_is_bounded_whatever_hangs() {
+    let registry = MemoryRegistry::new();
+    let component = server(&registry, "1").drain(10 * SECOND).signals(false);
+    let component = component.hook(|step| async move {
+        match step {
+            Step::Stopping | Step::Drained | Step::Deregistered | Step::Stopped => {
+                std::future::pending().await
+            }
+            _ => {}
+        }
+    });
+    let component = component.start().await.expect("good");
+    component.healthy().await.expect("it is registered");
+    registry.set_available(false);
+    let began = Instant::now();
+    component.shutdown();
+    let run = component.run(std::future::pending::<Result<(), BoxError>>());
+    run.await.expect("it ends well");
+    // Four hooks, the drain, two words to the registry, and the manager.
+    let took = began.elapsed();
+    assert!(took < (4 * 30 + 10 + 2 * 2 + 2 + 1) * SECOND, "{took:?}");
+    assert_eq!(component.state(), ComponentState::Stopped);
 }

@@ -35,6 +35,11 @@ impl Components {
         self.changed();
     }
 
+    pub(crate) fn forget_those_gone(&self) {
+        self.lock().retain(|other| other.strong_count() > 0);
+        self.changed();
+    }
+
     /// In the order in which they were made.
     pub(crate) fn all(&self) -> Vec<Arc<Core>> {
         self.lock().iter().filter_map(Weak::upgrade).collect()

@@ -40,6 +40,8 @@ pub struct Connection {
     pub(super) core: Arc<Core>,
     /// Waiting for a stream to become free.
     slot: Option<Pin<Box<OwnedNotified>>>,
+    /// Whether an answer shows that the peer is of use to somebody.
+    pub(super) serves: bool,
 }
 
 // === impl Connection ===
@@ -110,7 +112,15 @@ impl Connection {
             send,
             core,
             slot: None,
+            serves: true,
         })
+    }
+
+    /// The same for questions of our own: that they are answered is no use to anybody.
+    #[cfg(feature = "health")]
+    pub(super) fn for_ourselves(mut self) -> Self {
+        self.serves = false;
+        self
     }
 
     /// Its lifeline, to be told of its end and to close it.
@@ -170,6 +180,7 @@ impl Clone for Connection {
             send: self.send.clone(),
             core: self.core.clone(),
             slot: None,
+            serves: self.serves,
         }
     }
 }

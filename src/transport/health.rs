@@ -62,7 +62,7 @@ pub(super) fn watch(
     service: String,
 ) -> impl Stream<Item = Health> + Send + 'static {
     let watching = Watching {
-        client: HealthClient::new(connection),
+        client: HealthClient::new(connection.for_ourselves()),
         service,
         answers: None,
         failures: 0,

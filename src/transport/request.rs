@@ -23,6 +23,7 @@ use crate::error::{BoxError, Error, Kind, Sent};
 #[must_use = "futures do nothing unless polled"]
 pub struct ResponseFuture {
     state: State,
+    serves: bool,
 }
 
 enum State {
@@ -62,7 +63,10 @@ where
             Ok(state) => state,
             Err(error) => State::Failed(error),
         };
-        ResponseFuture { state }
+        ResponseFuture {
+            state,
+            serves: self.serves,
+        }
     }
 }
 
@@ -190,7 +194,9 @@ impl Future for ResponseFuture {
             };
             return Poll::Ready(match result {
                 Ok(response) => {
-                    slot.core.served();
+                    if self.serves {
+                        slot.core.served();
+                    }
                     if let Some(error) = slot.core.identity.denial(&response) {
                         return Poll::Ready(Err(error));
                     }

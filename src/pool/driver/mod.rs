@@ -289,7 +289,10 @@ where
                 })
             }
             Event::NotServing { why } => {
-                known.lost.get_or_insert_with(Instant::now);
+                // One that has never served has lost nothing: `Connected` is told when it does.
+                if known.ready.is_some() {
+                    known.lost.get_or_insert_with(Instant::now);
+                }
                 // Its reason may change; it is told once.
                 let news = state.phase != Phase::NotServing;
                 state.enter(Phase::NotServing);
