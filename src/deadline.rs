@@ -189,10 +189,8 @@ where
             if let Poll::Ready(result) = inner.poll(cx) {
                 this.inner.set(None);
                 let timer = this.timer.take();
-                return Poll::Ready(match result {
-                    Ok(response) => Ok(response.map(|body| Body::new(body, timer))),
-                    Err(error) => Err(Error::from_service(error.into())),
-                });
+                let response = result.map_err(|error| Error::from_service(error.into()))?;
+                return Poll::Ready(bounded(response, timer));
             }
             if let Some(timer) = this.timer
                 && timer.poll_expired(cx).is_ready()
@@ -252,7 +250,10 @@ where
             (_, None) => false,
             (Poll::Pending, Some(timer)) => timer.poll_expired(cx).is_ready(),
             // A stream that always has something would never come to the timer.
-            (Poll::Ready(Some(Ok(frame))), Some(timer)) => frame.is_data() && timer.is_over(),
+            (Poll::Ready(Some(Ok(frame))), Some(timer)) => match frame.trailers_ref() {
+                Some(trailers) => timer.is_meant_by(trailers),
+                None => timer.is_over(),
+            },
             (Poll::Ready(_), Some(_)) => false,
         };
         if expired && let Some(timer) = this.timer {
@@ -300,8 +301,26 @@ impl Timer {
         time::Instant::now() >= self.sleep.deadline()
     }
 
+    /// Whether this is a server's word that the call's time is up, which may come an instant before our own timer
+    /// fires: tonic's says CANCELLED then.
+    fn is_meant_by(&self, status: &HeaderMap) -> bool {
+        let code = status.get("grpc-status").map(HeaderValue::as_bytes);
+        matches!(code, Some(b"1" | b"4")) && self.is_over()
+    }
+
     pub(crate) fn error(&self) -> Error {
         exceeded(self.timeout)
+    }
+}
+
+/// A response that has come in time, its body under the same deadline.
+pub(crate) fn bounded<B>(
+    response: Response<B>,
+    timer: Option<Timer>,
+) -> Result<Response<Body<B>>, Error> {
+    match timer {
+        Some(timer) if timer.is_meant_by(response.headers()) => Err(timer.error()),
+        timer => Ok(response.map(|body| Body::new(body, timer))),
     }
 }
 

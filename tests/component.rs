@@ -788,3 +788,38 @@ async fn a_change_that_is_not_answered_does_not_keep_a_session_of_one_that_has_s
         changed.expect("no panic").expect_err("nobody answered");
     }
 }
+
+#[tokio::test]
+async fn one_that_binds_late_is_not_taken_for_another_that_listens_where_it_will() {
+    let registry = MemoryRegistry::new();
+    let first = Node::start(&registry, "a", |builder| builder);
+    state(&first.component, ComponentState::is_serving).await;
+
+    // The same server once more, by mistake, at the same address; it comes to binding only after a while.
+    let component = Component::builder("echo", manager(&registry))
+        .id("a")
+        .advertise(first.at.to_string())
+        .signals(false)
+        .build()
+        .unwrap();
+    let (health, stopping) = (component.health(), component.stopping());
+    let server = async {
+        sleep(SECOND).await;
+        let listener = TcpListener::bind(first.at).await?;
+        Server::builder()
+            .add_service(health)
+            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopping)
+            .await
+            .map_err(io::Error::other)
+    };
+    let mut states = component.states();
+    let error = component.run(server).await.unwrap_err();
+    assert!(error.to_string().contains("in use"), "{error}");
+    // It was never registered, and the other one never lost its place.
+    assert!(component.registration().is_none());
+    assert_eq!(*states.borrow_and_update(), ComponentState::Stopped);
+    assert_eq!(first.component.state(), ComponentState::Healthy);
+    let client = manager(&registry);
+    ready(&client, 1).await;
+    assert_eq!(call(&client.channel("echo"), 0).await.unwrap(), "a");
+}

@@ -7,6 +7,8 @@ use tokio::{
     net::TcpStream,
     time::{Instant, sleep, timeout},
 };
+use tonic::Code;
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use super::{
     Tasks,
@@ -15,7 +17,10 @@ use super::{
     hook::Step,
     state::ComponentState,
 };
-use crate::error::{Error, Kind};
+use crate::{
+    error::{Error, Kind},
+    transport::Connector,
+};
 
 /// How often it is looked whether the server listens.
 const LOOK: Duration = Duration::from_millis(50);
@@ -106,7 +111,10 @@ impl Core {
         loop {
             let error = match timeout(ANSWER, TcpStream::connect(address)).await {
                 Ok(Ok(stream)) if is_with_itself(&stream) => "nobody listens there".to_owned(),
-                Ok(Ok(_)) => return,
+                Ok(Ok(_)) => match timeout(ANSWER, self.is_another(address)).await {
+                    Ok(true) => "another server listens there".to_owned(),
+                    Ok(false) | Err(_) => return,
+                },
                 Ok(Err(error)) => error.to_string(),
                 Err(_) => format!("no answer within {ANSWER:?}"),
             };
@@ -123,6 +131,19 @@ impl Core {
             }
             sleep(LOOK).await;
         }
+    }
+
+    /// Whether somebody else's server listens there: its health service does not know what this process's does. One that
+    /// has none, or speaks TLS, may be whose it likes.
+    async fn is_another(&self, address: &str) -> bool {
+        let Ok(connection) = Connector::new().connect_to(address).await else {
+            return false;
+        };
+        let request = HealthCheckRequest {
+            service: self.token.clone(),
+        };
+        let answer = HealthClient::new(connection).check(request).await;
+        answer.is_err_and(|status| status.code() == Code::NotFound)
     }
 
     /// Tells those who watch its health when what it needs comes or goes.

@@ -34,6 +34,9 @@ pub(crate) struct Core {
     pub(super) dependencies: Vec<Dependency>,
     pub(super) hooks: Hooks,
     pub(super) settings: Settings,
+    /// What the health service of this process knows and no other does: by it the server that listens is told from
+    /// another at the same address.
+    pub(super) token: String,
     standing: Mutex<Standing>,
     /// What is to be told of it.
     untold: Mutex<Untold>,
@@ -120,6 +123,7 @@ impl Core {
             dependencies,
             hooks,
             settings,
+            token: format!("component-{:032x}", fastrand::u128(..)),
             states: watch::Sender::new(Standing::new().current()),
             standing: Mutex::new(Standing::new()),
             untold: Mutex::default(),
@@ -252,6 +256,10 @@ impl Core {
         &self.peer.role
     }
 
+    pub(crate) fn has_stopped(&self) -> bool {
+        *self.states.borrow() == ComponentState::Stopped
+    }
+
     /// Whether calls may come.
     pub(crate) fn is_serving(&self) -> bool {
         self.states.borrow().is_serving() && self.has_needs()
@@ -264,6 +272,11 @@ impl Core {
             ComponentState::Healthy | ComponentState::StandBy { .. }
         );
         well && self.has_needs()
+    }
+
+    /// Whether this is asked by the component itself, of the server that it runs.
+    pub(crate) fn is_asked_by_itself(&self, service: &str) -> bool {
+        self.token == service
     }
 
     pub(super) fn is_exclusive(&self) -> bool {

@@ -56,10 +56,15 @@ impl HealthService {
     fn status(&self, service: &str) -> ServingStatus {
         let all = self.components.all();
         let serving = match service {
-            "" => !all.is_empty() && all.iter().all(|c| c.is_well()),
+            "" => {
+                // One that has stopped is no part of the process any more, whoever still holds it.
+                let mut there = all.iter().filter(|c| !c.has_stopped()).peekable();
+                there.peek().is_some() && there.all(|c| c.is_well())
+            }
             role if all.iter().any(|c| c.role() == role) => {
                 all.iter().any(|c| c.role() == role && c.is_serving())
             }
+            token if all.iter().any(|c| c.is_asked_by_itself(token)) => true,
             _ => return ServingStatus::ServiceUnknown,
         };
         match serving {

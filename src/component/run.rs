@@ -21,10 +21,11 @@ impl Component {
     /// a TCP connection to [`listens_at`](super::Builder::listens_at), tried every 50 ms; after 5 s without one a warning
     /// says so, and it is tried on. A component that was [started](super::Builder::start) before is registered already.
     ///
-    /// Whoever listens there is taken for this server. One that binds its address late, after other work of its own, is
-    /// registered before it can fail if another has that address, and takes the other's session if that is of the same
-    /// id. So bind first, as above, and run the server on that listener; or bind at the future's first poll, as tonic's
-    /// `serve_with_shutdown` does: it then fails before anybody looks.
+    /// That it is this server and not another at the same address, its [`health`](Component::health) service tells. One
+    /// that has none, or speaks TLS, is taken for this one. So bind first, as above, and run the server on that listener;
+    /// or bind at the future's first poll, as tonic's `serve_with_shutdown` does: then it fails before anybody looks. A
+    /// server that binds late, after other work of its own, could be registered before it fails, and with the
+    /// same id take the other's session.
     ///
     /// The end of the server is a request to stop, too. The stop is that of [`stop`](Component::stop), with the server
     /// in its middle: it has [`drain`](super::Builder::drain) to end, and is then dropped. tonic's connections are

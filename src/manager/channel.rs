@@ -192,9 +192,7 @@ impl Future for ResponseFuture {
         };
         if let Poll::Ready(result) = inner.poll(cx) {
             let timer = this.timer.take();
-            return Poll::Ready(
-                result.map(|response| response.map(|body| deadline::Body::new(body, timer))),
-            );
+            return Poll::Ready(result.and_then(|response| deadline::bounded(response, timer)));
         }
         if let Some(timer) = this.timer
             && timer.poll_expired(cx).is_ready()
