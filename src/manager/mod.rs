@@ -13,6 +13,7 @@
 //!
 //! None of these waits for the network but those that are `async`, and those are bounded.
 
+mod builder;
 mod channel;
 #[cfg(feature = "component")]
 mod components;
@@ -32,6 +33,7 @@ use futures_util::future::join_all;
 #[cfg(feature = "component")]
 pub(crate) use self::components::Components;
 pub use self::{
+    builder::Builder,
     channel::{Channel, ResponseBody, ResponseFuture},
     instance::Instance,
     status::Status,
@@ -39,7 +41,6 @@ pub use self::{
 };
 pub use crate::pool::status::{Connectivity, Discovery, EndpointStatus, Status as RoleStatus};
 use crate::{
-    backoff::{Backoff, check_duration},
     error::{Error, Kind},
     events::{Bus, EventKind, Events},
     pool::{Held, Pool, PoolConfig, Setup},
@@ -73,15 +74,6 @@ use crate::{
 #[derive(Clone)]
 pub struct ConnectionManager {
     inner: Arc<Inner>,
-}
-
-/// Configures a [`ConnectionManager`]; see [`ConnectionManager::builder`].
-#[derive(Clone, Debug)]
-pub struct Builder {
-    registry: Arc<dyn Registry>,
-    pools: PoolConfig,
-    connector: Connector,
-    idle_after: Option<Duration>,
 }
 
 struct Inner {
@@ -119,12 +111,7 @@ struct Role {
 impl ConnectionManager {
     /// A manager over this registry, to be configured.
     pub fn builder(registry: impl Registry) -> Builder {
-        Builder {
-            registry: Arc::new(registry),
-            pools: PoolConfig::default(),
-            connector: Connector::new(),
-            idle_after: None,
-        }
+        Builder::new(Arc::new(registry))
     }
 
     /// The channel to a role. Returns at once; a role asked for twice is one pool.
@@ -391,65 +378,5 @@ impl Inner {
     fn lock(&self) -> std::sync::MutexGuard<'_, Roles> {
         // A panic under it would have to come from the registry; the map is whole all the same.
         self.roles.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-// === impl Builder ===
-
-impl Builder {
-    /// How pools dial and wait: attempts, backoff, probes, and
-    /// [`max_wait`](PoolConfig::max_wait), the bound on how long a call waits. See [`PoolConfig`].
-    #[must_use]
-    pub fn pools(mut self, config: PoolConfig) -> Self {
-        self.pools = config;
-        self
-    }
-
-    /// How connections are made and kept alive: TLS, keepalive, windows, user agent. See [`Connector`].
-    #[must_use]
-    pub fn connector(mut self, connector: Connector) -> Self {
-        self.connector = connector;
-        self
-    }
-
-    /// Lets go of the connections of a role that nobody has used for this long. Its instances stay known, so that the
-    /// next call, or whoever else asks for it, connects them at once, and waits for that as for a first connection.
-    /// Default `None`: never. 1 s to 1 day.
-    ///
-    /// A role is in use while a call is in flight or waits, while somebody [watches](ConnectionManager::watch) it, and
-    /// if it is [depended on](ConnectionManager::depends_on); to hold a channel is not to use it. That nobody does is
-    /// found out a quarter of this time late at most.
-    ///
-    /// # Errors
-    ///
-    /// [`Kind::Invalid`] outside these bounds.
-    pub fn idle_after(mut self, quiet: Option<Duration>) -> Result<Self, Error> {
-        if let Some(quiet) = quiet {
-            check_duration("idle time", quiet, Duration::from_secs(1), Backoff::LONGEST)?;
-        }
-        self.idle_after = quiet;
-        Ok(self)
-    }
-
-    /// The manager. No I/O, and nothing has to be up.
-    #[must_use]
-    pub fn build(self) -> ConnectionManager {
-        ConnectionManager {
-            inner: Arc::new(Inner {
-                config: self.pools,
-                connector: self.connector,
-                idle_after: self.idle_after,
-                #[cfg(feature = "component")]
-                components: Arc::default(),
-                roles: Mutex::new(Roles {
-                    known: BTreeMap::new(),
-                    released: Vec::new(),
-                    open: Some(Open {
-                        registry: self.registry,
-                        bus: Bus::new(),
-                    }),
-                }),
-            }),
-        }
     }
 }

@@ -15,7 +15,8 @@ use tokio::sync::futures::OwnedNotified;
 
 use super::{
     chunked::{Bucket, WeakBucket},
-    service::{Held, Shared},
+    interest::Held,
+    service::Shared,
     snapshot::{Entry, Resolution, Snapshot},
     status::{Connectivity, EndpointStatus},
 };

@@ -14,8 +14,9 @@ use tokio::{sync::futures::OwnedNotified, task::coop, time::Sleep};
 use tower_service::Service;
 
 use super::{
+    interest::Held,
     protocol::{Call, InstanceId},
-    service::{Held, Inner, Shared},
+    service::{Inner, Shared},
     snapshot::{Phase, Resolution, Snapshot},
 };
 use crate::{

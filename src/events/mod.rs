@@ -16,6 +16,8 @@
 //! Trouble is told at level WARN, the further attempts of an endpoint that is known to be in trouble at DEBUG, and
 //! all else at INFO. Names of fields and events change only with a major version.
 
+mod words;
+
 use std::{
     fmt,
     panic::{self, AssertUnwindSafe},
@@ -34,7 +36,8 @@ use futures_core::Stream;
 use futures_util::{StreamExt as _, stream};
 use tokio::sync::broadcast;
 
-use crate::error::{Brief, Peer, SharedError};
+pub(crate) use self::words::Brisk;
+use crate::error::{Peer, SharedError};
 #[cfg(feature = "component")]
 use crate::{component::ComponentState, registry::RegistrationEvent};
 
@@ -217,68 +220,6 @@ impl Event {
     /// The instance that it is about, if it is about one.
     pub fn peer(&self) -> Option<&Arc<Peer>> {
         self.kind.peer()
-    }
-}
-
-impl fmt::Display for Event {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        use EventKind as Kind;
-        match (self.kind.peer(), &*self.role) {
-            (Some(peer), _) => write!(f, "{peer}: ")?,
-            (None, "") => {}
-            (None, role) => write!(f, "{role}: ")?,
-        }
-        match &self.kind {
-            Kind::Watching => f.write_str("watching"),
-            #[cfg(feature = "manager")]
-            Kind::Released => f.write_str("released"),
-            Kind::Idle => f.write_str("idle, connections closed"),
-            Kind::Woken => f.write_str("in use again"),
-            Kind::Added { peer } => write!(f, "added, generation {}", peer.generation),
-            Kind::Connecting { .. } => f.write_str("connecting"),
-            Kind::Connected { .. } => f.write_str("connected"),
-            Kind::Restored { after, .. } => write!(f, "restored after {}", Brisk(*after)),
-            Kind::NotServing { why, .. } => write!(f, "not serving: {}", Brief(&**why)),
-            Kind::Lost { why, .. } => write!(f, "lost: {}", Brief(&**why)),
-            Kind::AttemptFailed {
-                attempts,
-                next,
-                why,
-                ..
-            } => {
-                let why = Brief(&**why);
-                write!(f, "attempt {attempts} failed: {why}{}", Next(*next))
-            }
-            Kind::Offline {
-                attempts,
-                next,
-                why,
-                ..
-            } => {
-                let s = if *attempts == 1 { "" } else { "s" };
-                let why = Brief(&**why);
-                write!(
-                    f,
-                    "offline after {attempts} attempt{s}: {why}{}",
-                    Next(*next)
-                )
-            }
-            Kind::Updated { .. } => f.write_str("updated"),
-            Kind::Stopping { .. } => f.write_str("stopping"),
-            Kind::Barred { why, .. } => write!(f, "not to be called: {}", Brief(&**why)),
-            Kind::Removed { .. } => f.write_str("removed"),
-            Kind::RegistryStale { why } => write!(f, "registry stale: {}", Brief(&**why)),
-            Kind::RegistryFresh { after: None } => f.write_str("registry fresh"),
-            Kind::RegistryFresh { after: Some(after) } => {
-                write!(f, "registry fresh after {}", Brisk(*after))
-            }
-            #[cfg(feature = "component")]
-            Kind::Component { state, .. } => state.fmt(f),
-            #[cfg(feature = "component")]
-            Kind::Registration { event, .. } => write!(f, "registration {event}"),
-            Kind::Missed { events } => write!(f, "{events} events were missed"),
-            Kind::Stopped => f.write_str("stopped"),
-        }
     }
 }
 
@@ -506,31 +447,4 @@ fn trace(role: &Arc<str>, kind: &EventKind) {
 
 fn millis(of: Duration) -> u64 {
     u64::try_from(of.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// When it is tried again.
-struct Next(Option<Duration>);
-
-impl fmt::Display for Next {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            Some(next) => write!(f, "; next in {}", Brisk(next)),
-            None => f.write_str("; until the registry speaks of it"),
-        }
-    }
-}
-
-/// A duration in the one unit that matters.
-pub(crate) struct Brisk(pub(crate) Duration);
-
-impl fmt::Display for Brisk {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.as_secs() {
-            0 => write!(f, "{}ms", self.0.as_millis()),
-            1..=9 => write!(f, "{:.1}s", self.0.as_secs_f64()),
-            s @ 10..=119 => write!(f, "{s}s"),
-            s @ 120..=7199 => write!(f, "{}m", s / 60),
-            s => write!(f, "{}h", s / 3600),
-        }
-    }
 }
