@@ -5,17 +5,18 @@
 
 mod support;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
-use support::{eventually, server::EchoServer};
+use support::{eventually, server::EchoServer, subscriber::OnEvent};
 use switchboard::{
     Backoff, ConnectionManager, MemoryRegistry, Session, manager::Connectivity, pool::PoolConfig,
 };
 
-/// Keeps the fields of each event of ours.
-#[derive(Clone, Default)]
-struct Fields(std::sync::Arc<std::sync::Mutex<Vec<BTreeMap<String, String>>>>);
-
+/// Takes down the fields of an event.
 struct Reading<'a>(&'a mut BTreeMap<String, String>);
 
 impl tracing::field::Visit for Reading<'_> {
@@ -28,32 +29,17 @@ impl tracing::field::Visit for Reading<'_> {
     }
 }
 
-impl tracing::Subscriber for Fields {
-    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
-        metadata.target() == "switchboard::events"
-    }
-
-    fn event(&self, event: &tracing::Event<'_>) {
+#[tokio::test]
+async fn tracing_has_the_events_too_under_names_that_stay() {
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let keep = seen.clone();
+    let _guard = tracing::subscriber::set_default(OnEvent(move |event: &tracing::Event<'_>| {
         let mut fields = BTreeMap::new();
         event.record(&mut Reading(&mut fields));
         let level = event.metadata().level().to_string();
         fields.insert("level".to_owned(), level);
-        self.0.lock().unwrap().push(fields);
-    }
-
-    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::Id {
-        tracing::Id::from_u64(1)
-    }
-    fn record(&self, _: &tracing::Id, _: &tracing::span::Record<'_>) {}
-    fn record_follows_from(&self, _: &tracing::Id, _: &tracing::Id) {}
-    fn enter(&self, _: &tracing::Id) {}
-    fn exit(&self, _: &tracing::Id) {}
-}
-
-#[tokio::test]
-async fn tracing_has_the_events_too_under_names_that_stay() {
-    let fields = Fields::default();
-    let _guard = tracing::subscriber::set_default(fields.clone());
+        keep.lock().unwrap().push(fields);
+    }));
     let registry = MemoryRegistry::new();
     let mut server = EchoServer::start("a");
     let session = Session::new("echo", server.address()).with_id("a");
@@ -76,7 +62,7 @@ async fn tracing_has_the_events_too_under_names_that_stay() {
     .await;
     manager.stop().await;
 
-    let seen = fields.0.lock().unwrap();
+    let seen = seen.lock().unwrap();
     let of = |name: &str| {
         let event = seen.iter().find(|e| e["event"] == name);
         event.unwrap_or_else(|| panic!("{name} is not in {seen:#?}"))

@@ -11,6 +11,7 @@ use support::{
         EchoServer,
         pb::{EchoRequest, echo_client::EchoClient},
     },
+    subscriber::OnEvent,
 };
 use switchboard::{
     Backoff, Channel, ConnectionManager, Error, Kind, MemoryRegistry, Registration, Session,
@@ -437,27 +438,6 @@ async fn events_that_have_ended_may_be_asked_again() {
     }
 }
 
-/// Asks the manager whenever it is told something.
-struct Asking(ConnectionManager);
-
-impl tracing::Subscriber for Asking {
-    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
-        metadata.target() == "switchboard::events"
-    }
-
-    fn event(&self, _: &tracing::Event<'_>) {
-        drop(self.0.status());
-    }
-
-    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::Id {
-        tracing::Id::from_u64(1)
-    }
-    fn record(&self, _: &tracing::Id, _: &tracing::span::Record<'_>) {}
-    fn record_follows_from(&self, _: &tracing::Id, _: &tracing::Id) {}
-    fn enter(&self, _: &tracing::Id) {}
-    fn exit(&self, _: &tracing::Id) {}
-}
-
 #[tokio::test]
 async fn whoever_listens_may_ask_the_manager() {
     let manager = managed(&MemoryRegistry::new());
@@ -466,7 +446,8 @@ async fn whoever_listens_may_ask_the_manager() {
     let runtime = tokio::runtime::Handle::current();
     std::thread::spawn(move || {
         let _entered = runtime.enter();
-        let asking = Asking(manager.clone());
+        let asked = manager.clone();
+        let asking = OnEvent(move |_: &tracing::Event<'_>| drop(asked.status()));
         tracing::subscriber::with_default(asking, || {
             manager.depends_on("echo").unwrap();
             assert!(manager.release("echo").unwrap());

@@ -279,8 +279,9 @@ impl ConnectionManager {
     }
 
     /// Ends everything: calls in flight end as `CANCELLED`, later ones fail with [`Kind::Stopped`], tasks
-    /// end and sockets are closed. Returns when they are, after two seconds at most. It lets go of the
-    /// registry too, whose own connections end with its last handle.
+    /// end and sockets are closed. Returns when they are, after two seconds at most; half a second later where nobody
+    /// drives the runtime that a role lives on. It lets go of the registry too, whose own connections end with its last
+    /// handle.
     ///
     /// From here on every method says that it is stopped: those that can fail by [`Kind::Stopped`], streams by their
     /// last item, and [`ConnectionManager::status`] by [`Status::stopped`].
@@ -292,9 +293,9 @@ impl ConnectionManager {
         self.stop_gracefully(Duration::ZERO).await;
     }
 
-    /// The same, but calls in flight have this long to finish, one day at most; those that are not sent yet, and later ones, fail at
-    /// once. Returns when all have, after this and two seconds at most. Of several stops the one that ends first
-    /// counts.
+    /// The same, but calls in flight have this long to finish, one day at most; those that are not sent yet, and later
+    /// ones, fail at once. Returns when all have, after this and two seconds at most. Of several stops the one that
+    /// ends first counts.
     ///
     /// # Cancel safety
     ///

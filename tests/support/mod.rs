@@ -10,6 +10,7 @@ pub mod etcd;
 pub mod load;
 pub mod proxy;
 pub mod server;
+pub mod subscriber;
 pub mod view;
 
 use std::{
