@@ -586,6 +586,28 @@ async fn a_watch_that_broke_is_exact_again_although_its_history_is_gone() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deletion_at_which_etcd_compacts_before_the_watch_is_there_is_seen() {
+    // Given a list that is told, and a watch that takes its time to get to etcd
+    let etcd = Etcd::start().await;
+    for id in ["goes", "stays"] {
+        etcd.put(&format!("demo/echo/{id}"), value(&format!("{id}:1")))
+            .await;
+    }
+    let proxy = Proxy::start(etcd.address().parse().expect("host:port")).await;
+    proxy.delay(Duration::from_millis(200));
+    let registry = view::registry(&[format!("http://{}", proxy.address())]).await;
+    let mut view = View::listed(&registry, "echo").await;
+
+    // When a session is deleted meanwhile, and the history is compacted at just that
+    etcd.delete("demo/echo/goes").await;
+    etcd.compact().await;
+
+    // Then it is seen
+    view.until(3 * SECOND, "it goes", |v| !v.is_stale && v.has(&["stays"]))
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_etcd_that_was_rebuilt_at_a_lower_revision_is_believed_and_its_lost_are_given_time() {
     // Given a view of an etcd at a high revision
     let mut etcd = Etcd::start().await;

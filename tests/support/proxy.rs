@@ -53,13 +53,10 @@ impl Proxy {
             while let Ok((client, _)) = listener.accept().await {
                 count.fetch_add(1, Ordering::SeqCst);
                 *last.lock().unwrap() = Some(Instant::now());
-                links.spawn(link(
-                    client,
-                    to,
-                    modes.clone(),
-                    reset.clone(),
-                    delay.clone(),
-                ));
+                // It belongs to each reset from here on.
+                let mut reset = reset.clone();
+                reset.mark_unchanged();
+                links.spawn(link(client, to, modes.clone(), reset, delay.clone()));
             }
         });
         Self {
@@ -105,7 +102,6 @@ async fn link(
     mut reset: watch::Receiver<u64>,
     delay: Arc<AtomicU64>,
 ) {
-    reset.mark_unchanged();
     let Ok(server) = TcpStream::connect(to).await else {
         return;
     };
