@@ -104,6 +104,7 @@ pub mod registry;
 mod sync;
 #[cfg(feature = "transport")]
 pub mod transport;
+mod waiters;
 
 pub use backoff::Backoff;
 #[cfg(feature = "component")]
