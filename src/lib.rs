@@ -88,8 +88,10 @@
 )]
 
 pub mod backoff;
+pub mod cancel;
 #[cfg(feature = "component")]
 pub mod component;
+pub mod config;
 pub mod deadline;
 pub mod discover;
 pub mod endpoint;
@@ -101,21 +103,25 @@ pub mod manager;
 pub mod pool;
 #[cfg(feature = "registry")]
 pub mod registry;
+pub mod retry;
 mod sync;
 #[cfg(feature = "transport")]
 pub mod transport;
 mod waiters;
 
 pub use backoff::Backoff;
+pub use cancel::{CancelLayer, CancelToken};
 #[cfg(feature = "component")]
 pub use component::Component;
+pub use config::ServiceConfig;
 pub use deadline::DeadlineLayer;
 pub use error::{Error, Kind, Sent};
 pub use gate::{Gate, GateLayer};
 #[cfg(feature = "manager")]
 pub use manager::{Channel, ConnectionManager};
-pub use pool::{InstanceId, Pool, WaitForReady};
+pub use pool::{Avoid, InstanceId, Pool, WaitForReady};
 #[cfg(feature = "etcd")]
 pub use registry::EtcdRegistry;
 #[cfg(feature = "registry")]
 pub use registry::{MemoryRegistry, Registration, Registry, Session};
+pub use retry::{HedgingPolicy, RetryLayer, RetryPolicy};

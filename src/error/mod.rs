@@ -54,6 +54,8 @@ pub enum Kind {
     NotConnected,
     /// Who is connected has no room for another call: all streams that it allows are in use. `UNAVAILABLE`.
     Busy,
+    /// A limit that was set is reached: on calls in flight, or on calls that wait. It is not repeated. `UNAVAILABLE`.
+    Limit,
     /// A [`Gate`](crate::Gate) is shut; the reason says why. `UNAVAILABLE`.
     Shut,
     /// The registry has never answered, so nothing is known of the role. `UNAVAILABLE`.
@@ -76,6 +78,8 @@ pub enum Kind {
     DeadlineExceeded,
     /// The caller's side ended it: the pool or the manager was stopped. `CANCELLED`.
     Stopped,
+    /// The caller's side ended it, by a [`CancelToken`](crate::CancelToken). `CANCELLED`.
+    Cancelled,
     /// The request's own body failed; its error is the source. `CANCELLED`, unless the source says otherwise.
     RequestBody,
     /// Something that should not happen: a peer that breaks the protocol, a service that panicked. `INTERNAL`.
@@ -87,8 +91,8 @@ pub enum Kind {
     Component,
 }
 
-/// How far a failed call's request got.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// How far a failed call's request got. Of several attempts, the one that got furthest counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Sent {
     /// It never left this process. Repeating it is always safe.
@@ -227,6 +231,14 @@ impl Error {
         Self::new(Kind::Invalid).with_reason(format!("{what}: {why}"))
     }
 
+    /// Says that the request got so far, or further.
+    pub(crate) fn with_sent_at_least(self, sent: Sent) -> Self {
+        match self.0.sent < sent {
+            true => self.with_sent(sent),
+            false => self,
+        }
+    }
+
     pub(crate) fn with_shared_source(mut self, source: SharedError) -> Self {
         self.0.source = Some(source);
         self.changed()
@@ -278,6 +290,7 @@ impl Error {
                 | Kind::UnknownPeer
                 | Kind::NotConnected
                 | Kind::Busy
+                | Kind::Limit
                 | Kind::Shut
                 | Kind::RegistryUnreachable
                 | Kind::SessionDeleted
@@ -285,7 +298,7 @@ impl Error {
                 | Kind::Refused
                 | Kind::OtherInstance => Code::Unavailable,
                 Kind::DeadlineExceeded => Code::DeadlineExceeded,
-                Kind::Stopped => Code::Cancelled,
+                Kind::Stopped | Kind::Cancelled => Code::Cancelled,
                 Kind::Internal => Code::Internal,
                 Kind::Reset => self.inner_code().unwrap_or(Code::Unknown),
                 Kind::Component => self.inner_code().unwrap_or(Code::Internal),
@@ -299,6 +312,15 @@ impl Error {
             }
             status
         })
+    }
+
+    /// What caused it, without the status that it stands for.
+    #[cfg(feature = "transport")]
+    pub(crate) fn cause(&self) -> Option<&(dyn StdError + 'static)> {
+        match &self.0.source {
+            Some(source) => Some(&**source),
+            None => None,
+        }
     }
 
     fn inner_code(&self) -> Option<Code> {

@@ -64,6 +64,8 @@ impl fmt::Display for Error {
             Kind::Reset => f.write_str("reset by the peer")?,
             Kind::DeadlineExceeded => f.write_str("deadline exceeded")?,
             Kind::Stopped => f.write_str("stopped")?,
+            Kind::Limit => f.write_str("limit reached")?,
+            Kind::Cancelled => f.write_str("cancelled")?,
             Kind::RequestBody => f.write_str("the request body failed")?,
             Kind::Internal => f.write_str("internal error")?,
             Kind::RegistryRefused => f.write_str("registry refused")?,

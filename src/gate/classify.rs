@@ -44,7 +44,7 @@ pub trait Classify<Res> {
 /// A response is good, an error is bad, unless it says nothing of the service. What [`GateLayer`](super::GateLayer)
 /// uses if not told otherwise.
 ///
-/// Cancellation, a deadline, overload and a wrong request say nothing: an [`Error`] of kind [`Kind::Stopped`],
+/// Cancellation, a deadline, overload and a wrong request say nothing: an [`Error`] of kind [`Kind::Stopped`], [`Kind::Cancelled`],
 /// [`Kind::DeadlineExceeded`], [`Kind::Busy`], [`Kind::RequestBody`] or [`Kind::Invalid`], wherever it is among
 /// the sources; a `tonic::Status` of code `CANCELLED`, `DEADLINE_EXCEEDED` or `RESOURCE_EXHAUSTED`; and the
 /// errors of tower's `Timeout` and `LoadShed`.
@@ -106,7 +106,12 @@ impl<B> Classify<Response<B>> for GrpcStatus {
 /// Overload, cancellation, deadlines and wrong requests are not the connection's failures.
 fn says_nothing(error: &Error) -> bool {
     match error.kind() {
-        Kind::Stopped | Kind::DeadlineExceeded | Kind::Busy | Kind::RequestBody | Kind::Invalid => {
+        Kind::Stopped
+        | Kind::Cancelled
+        | Kind::DeadlineExceeded
+        | Kind::Busy
+        | Kind::RequestBody
+        | Kind::Invalid => {
             return true;
         }
         Kind::Service => {}

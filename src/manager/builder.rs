@@ -11,10 +11,12 @@ use super::{ConnectionManager, Inner, Open, Roles};
 use crate::error::Kind;
 use crate::{
     backoff::{Backoff, check_duration},
+    config::{ServiceConfig, SharedConfig},
     error::Error,
     events::Bus,
     pool::PoolConfig,
-    registry::Registry,
+    registry::{Registry, session::check_role},
+    retry::Target,
     transport::Connector,
 };
 
@@ -25,6 +27,8 @@ pub struct Builder {
     pools: PoolConfig,
     connector: Connector,
     idle_after: Option<Duration>,
+    service_config: ServiceConfig,
+    service_configs: BTreeMap<String, ServiceConfig>,
 }
 
 // === impl Builder ===
@@ -36,6 +40,8 @@ impl Builder {
             pools: PoolConfig::default(),
             connector: Connector::new(),
             idle_after: None,
+            service_config: ServiceConfig::default(),
+            service_configs: BTreeMap::new(),
         }
     }
 
@@ -73,17 +79,47 @@ impl Builder {
         Ok(self)
     }
 
+    /// What is configured for the calls of each role: timeouts, whether they wait, how they are made again. Default: nothing.
+    /// See [`ServiceConfig`].
+    #[must_use]
+    pub fn service_configs(mut self, config: impl Into<ServiceConfig>) -> Self {
+        self.service_config = config.into();
+        self
+    }
+
+    /// The same for one role, in the place of that. [`ConnectionManager::configure`] replaces it later.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`] if this cannot be a role.
+    pub fn service_config(
+        mut self,
+        role: &str,
+        config: impl Into<ServiceConfig>,
+    ) -> Result<Self, Error> {
+        check_role(role)?;
+        self.service_configs.insert(role.to_owned(), config.into());
+        Ok(self)
+    }
+
     /// The manager. No I/O, and nothing has to be up.
     #[must_use]
     pub fn build(self) -> ConnectionManager {
+        let targets = self.service_configs.into_iter();
+        let targets = targets.map(|(role, config)| {
+            let target = Target::new(SharedConfig::new(config));
+            (role, Arc::new(target))
+        });
         ConnectionManager {
             inner: Arc::new(Inner {
                 config: self.pools,
                 connector: self.connector,
                 idle_after: self.idle_after,
+                service_config: self.service_config,
                 #[cfg(feature = "component")]
                 components: Arc::default(),
                 roles: Mutex::new(Roles {
+                    targets: targets.collect(),
                     known: BTreeMap::new(),
                     released: Vec::new(),
                     open: Some(Open {

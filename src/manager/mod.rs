@@ -40,11 +40,15 @@ pub use self::{
     watch::{InstanceChange, Watch},
 };
 pub use crate::pool::status::{Connectivity, Discovery, EndpointStatus, Status as RoleStatus};
+#[cfg(feature = "health")]
+use crate::transport::HealthCheck;
 use crate::{
+    config::{ServiceConfig, SharedConfig},
     error::{Error, Kind},
     events::{Bus, EventKind, Events},
     pool::{Held, Pool, PoolConfig, Setup},
     registry::{Registry, session::check_role},
+    retry::Target,
     transport::{Connection, Connector},
 };
 
@@ -80,12 +84,16 @@ struct Inner {
     config: PoolConfig,
     connector: Connector,
     idle_after: Option<Duration>,
+    /// Of roles that have none of their own.
+    service_config: ServiceConfig,
     #[cfg(feature = "component")]
     components: Arc<Components>,
     roles: Mutex<Roles>,
 }
 
 struct Roles {
+    /// What is configured for their calls, whether they were asked for or not.
+    targets: BTreeMap<String, Arc<Target>>,
     known: BTreeMap<String, Role>,
     /// Their pools are finishing the calls in flight.
     released: Vec<Pool<Connection>>,
@@ -149,6 +157,26 @@ impl ConnectionManager {
             role.depended_on = Some(interest.hold());
             interest.want();
         }
+        Ok(())
+    }
+
+    /// Configures the calls of a role, in place of what was configured before: [`Builder::service_config`] for a role, and later
+    /// than that. Calls that begin from here on are made by it, through channels that are held already too.
+    ///
+    /// # Errors
+    ///
+    /// As [`ConnectionManager::try_channel`].
+    pub fn configure(&self, role: &str, config: impl Into<ServiceConfig>) -> Result<(), Error> {
+        check_role(role)?;
+        let config = config.into();
+        let target = {
+            let mut roles = self.inner.lock();
+            if roles.open.is_none() {
+                return Err(Error::new(Kind::Stopped).with_role(&role.into()));
+            }
+            self.inner.target(&mut roles, role)
+        };
+        target.config().replace(config);
         Ok(())
     }
 
@@ -329,11 +357,13 @@ impl ConnectionManager {
             }
         };
         let updates = registry.discover(role)?.updates();
+        let target = self.inner.target(&mut self.inner.lock(), role);
+        let connector = self.inner.connector(&target)?;
         let setup = Setup {
             bus,
             idle_after: self.inner.idle_after,
+            target,
         };
-        let connector = self.inner.connector.clone();
         // Begun under the lock, or somebody else's would dial and tell events beside it.
         let begin = || Pool::with(role, self.inner.config, setup, updates, connector);
         let mut roles = self.inner.lock();
@@ -375,6 +405,34 @@ impl fmt::Debug for ConnectionManager {
 // === impl Inner ===
 
 impl Inner {
+    /// What is configured for a role's calls.
+    fn target(&self, roles: &mut Roles, role: &str) -> Arc<Target> {
+        match roles.targets.get(role) {
+            Some(target) => target.clone(),
+            None => {
+                let config = SharedConfig::new(self.service_config.clone());
+                let target = Arc::new(Target::new(config));
+                roles.targets.insert(role.to_owned(), target.clone());
+                target
+            }
+        }
+    }
+
+    /// How a role is connected: as all are, but for the health that its configuration has watched.
+    fn connector(&self, target: &Target) -> Result<Connector, Error> {
+        let connector = self.connector.clone();
+        match target.config().load().health_service() {
+            None => Ok(connector),
+            #[cfg(feature = "health")]
+            Some(service) => Ok(connector.health_check(HealthCheck::Service(service.into()))),
+            #[cfg(not(feature = "health"))]
+            Some(_) => {
+                let why = "healthCheckConfig takes the feature health";
+                Err(Error::invalid("service config", why))
+            }
+        }
+    }
+
     /// Held for a look-up, never across an await, and never on a call's path.
     fn lock(&self) -> std::sync::MutexGuard<'_, Roles> {
         // A panic under it would have to come from the registry; the map is whole all the same.

@@ -214,7 +214,7 @@ mod tests {
         endpoint::Target,
         error::Peer,
         pool::{
-            PoolConfig,
+            PoolConfig, Setup,
             snapshot::{Phase, State},
         },
     };
@@ -277,7 +277,11 @@ mod tests {
         let seed = fastrand::u64(..);
         let mut random = fastrand::Rng::with_seed(seed);
         println!("seed {seed}");
-        let shared = Arc::new(Shared::new("echo".into(), PoolConfig::default()));
+        let shared = Arc::new(Shared::new(
+            "echo".into(),
+            PoolConfig::default(),
+            &Setup::of_nobody(),
+        ));
         let mut next = Snapshot::empty();
         next.resolution = Resolution::Known { stale: None };
         let mut model = BTreeMap::new();
@@ -326,7 +330,11 @@ mod tests {
 
     #[tokio::test]
     async fn a_reader_that_sleeps_is_woken_by_the_next_snapshot_and_ends_with_the_pool() {
-        let shared: Arc<Shared<()>> = Arc::new(Shared::new("echo".into(), PoolConfig::default()));
+        let shared: Arc<Shared<()>> = Arc::new(Shared::new(
+            "echo".into(),
+            PoolConfig::default(),
+            &Setup::of_nobody(),
+        ));
         let mut changes = Changes::new(shared.clone());
         let reading = tokio::spawn(async move {
             let mut seen = Vec::new();

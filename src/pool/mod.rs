@@ -22,6 +22,7 @@
 //! # }
 //! ```
 
+mod avoid;
 mod body;
 #[cfg(feature = "manager")]
 pub(crate) mod changes;
@@ -48,7 +49,9 @@ use tokio::{
 };
 use tower::discover::Discover;
 
+pub(crate) use self::wait::in_turn;
 pub use self::{
+    avoid::Avoid,
     body::Body,
     config::PoolConfig,
     protocol::{Call, Http, InstanceId, Options, Plain, Protocol, WaitForReady},
@@ -59,13 +62,14 @@ use self::{
     service::{Inner, Shared},
 };
 #[cfg(feature = "manager")]
-pub(crate) use self::{interest::Held, service::WeakPool, wait::in_turn};
+pub(crate) use self::{interest::Held, service::WeakPool};
 use crate::{
     Backoff,
     discover::{FromTower, Update},
     endpoint::{BoxError, Connect, Provided, Target, UseProvided},
     error::{Error, Kind},
     events::Bus,
+    waiters::Timers,
 };
 
 /// What a pool of a manager has that others do without.
@@ -75,6 +79,9 @@ pub(crate) struct Setup {
     pub(crate) bus: Bus,
     /// How long nobody uses it until it closes its connections.
     pub(crate) idle_after: Option<Duration>,
+    /// What is configured for its calls.
+    #[cfg(feature = "manager")]
+    pub(crate) target: Arc<crate::retry::Target>,
 }
 
 /// The end of a pool, as ordered.
@@ -92,6 +99,20 @@ pub(crate) struct Handle {
     end: watch::Sender<Option<End>>,
     ended: watch::Receiver<()>,
     task: tokio::task::AbortHandle,
+}
+
+// === impl Setup ===
+
+impl Setup {
+    /// A pool on its own.
+    pub(crate) fn of_nobody() -> Self {
+        Self {
+            bus: Bus::of_nobody(),
+            idle_after: None,
+            #[cfg(feature = "manager")]
+            target: Arc::default(),
+        }
+    }
 }
 
 // === impl Pool ===
@@ -118,11 +139,7 @@ where
         T: Target,
         C: Connect<T, Service = S>,
     {
-        let setup = Setup {
-            bus: Bus::of_nobody(),
-            idle_after: None,
-        };
-        Self::with(role, config, setup, updates, connect)
+        Self::with(role, config, Setup::of_nobody(), updates, connect)
     }
 
     /// The same with what a manager has to say.
@@ -148,13 +165,16 @@ where
                 "made in a tokio runtime without enable_time",
             ));
         }
-        let shared = Arc::new(Shared::new(role.into(), config));
+        let shared = Arc::new(Shared::new(role.into(), config, &setup));
         let driver = Driver::new(shared.clone(), setup, connect);
         let (end, ends) = watch::channel(None);
         let (ending, ended) = watch::channel(());
+        let timers = Arc::new(Timers::new(runtime.clone()));
+        let closing = timers.clone();
         let task = runtime.spawn(async move {
             let _ending = ending;
             driver.run(updates, ends).await;
+            closing.close();
         });
         Ok(Self::from_inner(Inner {
             shared,
@@ -164,6 +184,7 @@ where
                 ended,
                 task: task.abort_handle(),
             },
+            timers,
         }))
     }
 
@@ -194,11 +215,6 @@ impl Handle {
     pub(crate) fn sleep(&self, duration: Duration) -> Pin<Box<Sleep>> {
         let _entered = self.runtime.enter();
         Box::pin(time::sleep(duration))
-    }
-
-    #[cfg(feature = "manager")]
-    pub(crate) fn runtime(&self) -> &runtime::Handle {
-        &self.runtime
     }
 
     /// Whether the driver runs: neither was it stopped, nor has its runtime ended.
@@ -243,7 +259,7 @@ impl Handle {
 }
 
 /// Whether this is within a runtime that keeps time. Tokio has no other way to ask.
-fn has_timer() -> bool {
+pub(crate) fn has_timer() -> bool {
     runtime::Handle::try_current().is_ok()
         && panic::catch_unwind(|| drop(time::sleep(Duration::ZERO))).is_ok()
 }

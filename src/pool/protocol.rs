@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use super::body::Body;
+use super::{Avoid, body::Body};
 use crate::{endpoint::load::Guard, error::Peer};
 
 /// How a pool reads its options from a request, and when a response is over.
@@ -20,8 +20,11 @@ pub trait Protocol<Req, Res> {
     fn track(response: Res, call: Call) -> Self::Response;
 }
 
-/// Calls over `http` types: options are request extensions ([`WaitForReady`], [`InstanceId`]), and a call is
+/// Calls over `http` types: options are request extensions ([`WaitForReady`], [`InstanceId`], [`Avoid`]), and a call is
 /// over when its response body is at its end, has failed or is dropped.
+///
+/// A response that says in its head that the call has failed (`grpc-status`) has the [`Peer`] that it came from as an
+/// extension.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Http;
 
@@ -37,6 +40,8 @@ pub struct Options<'a> {
     pub instance: Option<&'a InstanceId>,
     /// Whether to wait for a ready endpoint instead of failing fast.
     pub wait_for_ready: Option<bool>,
+    /// Whom earlier attempts went to.
+    pub avoid: Option<&'a Avoid>,
 }
 
 /// Request extension: whether this call waits for a ready endpoint, up to
@@ -76,14 +81,25 @@ impl<B, R> Protocol<http::Request<B>, http::Response<R>> for Http {
     #[inline]
     fn options(request: &http::Request<B>) -> Options<'_> {
         let extensions = request.extensions();
+        // Most calls have tonic's word for their method there, and nothing else.
+        if extensions.len() == 1 && extensions.get::<tonic::GrpcMethod<'static>>().is_some() {
+            return Options::default();
+        }
         Options {
             instance: extensions.get(),
             wait_for_ready: extensions.get().map(|WaitForReady(wait)| *wait),
+            avoid: extensions.get(),
         }
     }
 
     #[inline]
     fn track(response: http::Response<R>, call: Call) -> Self::Response {
+        let mut response = response;
+        // That is how a call fails before its first message.
+        let failed = response.headers().get("grpc-status");
+        if failed.is_some_and(|code| code != "0") {
+            response.extensions_mut().insert(call.peer().clone());
+        }
         response.map(|body| Body::new(body, call))
     }
 }

@@ -25,13 +25,16 @@ use tokio::sync::Notify;
 use tower_service::Service;
 
 use super::{
-    PoolConfig,
+    PoolConfig, Setup,
     interest::Interest,
     protocol::{Call, Http, InstanceId, Protocol},
     snapshot::Snapshot,
-    wait::{Slow, polled_again},
+    wait::{Slow, Waiting, polled_again},
 };
-use crate::error::{BoxError, Error};
+use crate::{
+    error::{BoxError, Error},
+    waiters::Timers,
+};
 
 /// The balanced set of a role's endpoints, as a tower service.
 ///
@@ -70,6 +73,8 @@ pub(crate) struct WeakPool<S, P = Http> {
 pub(super) struct Inner<S> {
     pub(super) shared: Arc<Shared<S>>,
     pub(super) driver: super::Handle,
+    /// What times and cancels its calls.
+    pub(super) timers: Arc<Timers>,
 }
 
 /// Where the driver's route and the calls' route meet.
@@ -82,6 +87,8 @@ pub(crate) struct Shared<S> {
     pub(crate) interest: Interest,
     /// Whether it ends because nobody holds it any more.
     pub(crate) let_go: AtomicBool,
+    #[cfg(feature = "manager")]
+    pub(crate) target: Arc<crate::retry::Target>,
 }
 
 pin_project! {
@@ -167,9 +174,19 @@ impl<S, P> Pool<S, P> {
         self.inner.driver.end(grace, why);
     }
 
+    #[cfg(feature = "manager")]
+    pub(crate) fn timers(&self) -> &Timers {
+        &self.inner.timers
+    }
+
+    #[cfg(feature = "manager")]
+    pub(crate) const fn is_pinned(&self) -> bool {
+        self.pinned.is_some()
+    }
+
     /// A sleep on its own runtime.
     #[cfg(feature = "manager")]
-    pub(super) fn sleep(&self, duration: Duration) -> Pin<Box<tokio::time::Sleep>> {
+    pub(crate) fn sleep(&self, duration: Duration) -> Pin<Box<tokio::time::Sleep>> {
         self.inner.driver.sleep(duration)
     }
 
@@ -197,11 +214,6 @@ impl<S, P> Pool<S, P> {
         self.inner.shared.role.clone()
     }
 
-    #[cfg(feature = "manager")]
-    pub(crate) fn runtime(&self) -> &tokio::runtime::Handle {
-        self.inner.driver.runtime()
-    }
-
     pub(crate) fn snapshot(&self) -> Arc<Snapshot<S>> {
         self.inner.shared.snapshot.load_full()
     }
@@ -224,6 +236,23 @@ where
 
     #[inline]
     fn call(&mut self, request: Req) -> Self::Future {
+        self.start(request, None)
+    }
+}
+
+impl<S, P> Pool<S, P> {
+    /// A call, with what its method is configured to do where the request does not say.
+    #[inline]
+    pub(crate) fn start<Req>(
+        &self,
+        request: Req,
+        wait_for_ready: Option<bool>,
+    ) -> ResponseFuture<S, Req, P>
+    where
+        S: Service<Req> + Clone,
+        S::Error: Into<BoxError>,
+        P: Protocol<Req, S::Response>,
+    {
         let options = P::options(&request);
         let instance = options.instance.or(self.pinned.as_ref());
         if let (Some(asked), Some(pinned)) = (options.instance, &self.pinned)
@@ -235,7 +264,16 @@ where
             });
         }
         let snapshot = self.inner.shared.snapshot.load();
-        if let Some(ready) = snapshot.pick(instance) {
+        let other;
+        let picked = match options.avoid {
+            None => snapshot.pick(instance),
+            Some(_) if instance.is_some() => snapshot.pick(instance),
+            Some(avoid) => {
+                other = avoid.others(&snapshot, 1).pop();
+                other.as_ref()
+            }
+        };
+        if let Some(ready) = picked {
             let mut service = ready.service.clone();
             // Most services are ready at once; one that is not is polled again with a real waker.
             match service.poll_ready(&mut Context::from_waker(Waker::noop())) {
@@ -243,6 +281,9 @@ where
                     let call = Call {
                         guard: ready.acquire(),
                     };
+                    if let Some(avoid) = options.avoid {
+                        avoid.add(call.peer());
+                    }
                     return ResponseFuture::new(State::Calling {
                         response: service.call(request),
                         call: Some(call),
@@ -253,8 +294,12 @@ where
             }
         }
         drop(snapshot);
-        let (pinned, patient) = (instance.cloned(), options.wait_for_ready);
-        let slow = Box::new(Slow::new(&self.inner, pinned, patient, request));
+        let waiting = Waiting {
+            pinned: instance.cloned(),
+            patient: options.wait_for_ready.or(wait_for_ready),
+            avoid: options.avoid.cloned(),
+        };
+        let slow = Box::new(Slow::new(&self.inner, waiting, request));
         ResponseFuture::new(State::Slow { slow })
     }
 }
@@ -304,7 +349,9 @@ impl<S> Drop for Inner<S> {
 // === impl Shared ===
 
 impl<S> Shared<S> {
-    pub(super) fn new(role: Arc<str>, config: PoolConfig) -> Self {
+    pub(super) fn new(role: Arc<str>, config: PoolConfig, setup: &Setup) -> Self {
+        #[cfg(not(feature = "manager"))]
+        let _ = setup;
         Self {
             role,
             config,
@@ -312,6 +359,8 @@ impl<S> Shared<S> {
             changed: Arc::new(Notify::new()),
             let_go: AtomicBool::new(false),
             interest: Interest::new(),
+            #[cfg(feature = "manager")]
+            target: setup.target.clone(),
         }
     }
 }

@@ -14,6 +14,7 @@ use tokio::{sync::futures::OwnedNotified, task::coop, time::Sleep};
 use tower_service::Service;
 
 use super::{
+    Avoid,
     interest::Held,
     protocol::{Call, InstanceId},
     service::{Inner, Shared},
@@ -32,6 +33,7 @@ pub(super) struct Slow<S, Req> {
     inner: Arc<Inner<S>>,
     pinned: Option<InstanceId>,
     patient: bool,
+    avoid: Option<Avoid>,
     // Until an endpoint has it.
     request: Option<Req>,
     candidates: Vec<Candidate<S>>,
@@ -39,6 +41,13 @@ pub(super) struct Slow<S, Req> {
     time_up: Pin<Box<Sleep>>,
     /// A pool that somebody waits for is not idle.
     _held: Held,
+}
+
+/// What a call says of whom it waits for.
+pub(super) struct Waiting {
+    pub(super) pinned: Option<InstanceId>,
+    pub(super) patient: Option<bool>,
+    pub(super) avoid: Option<Avoid>,
 }
 
 /// An endpoint whose service was not ready at the last look.
@@ -57,17 +66,13 @@ enum Unpicked {
 // === impl Slow ===
 
 impl<S, Req> Slow<S, Req> {
-    pub(super) fn new(
-        inner: &Arc<Inner<S>>,
-        pinned: Option<InstanceId>,
-        wait_for_ready: Option<bool>,
-        request: Req,
-    ) -> Self {
+    pub(super) fn new(inner: &Arc<Inner<S>>, waiting: Waiting, request: Req) -> Self {
         let config = &inner.shared.config;
         Self {
             inner: inner.clone(),
-            pinned,
-            patient: wait_for_ready.unwrap_or(config.wait_for_ready),
+            pinned: waiting.pinned,
+            patient: waiting.patient.unwrap_or(config.wait_for_ready),
+            avoid: waiting.avoid,
             request: Some(request),
             candidates: Vec::new(),
             changed: inner.shared.next_change(),
@@ -111,11 +116,18 @@ where
             // Looking => (called | waiting | failed)
             if self.candidates.is_empty() {
                 let snapshot = self.inner.shared.snapshot.load();
-                let found = snapshot.candidates(self.pinned.as_ref(), CANDIDATES);
-                self.candidates.extend(found.map(|ready| Candidate {
-                    service: ready.service.clone(),
-                    ready: ready.clone(),
-                }));
+                let found: Vec<_> = match &self.avoid {
+                    Some(avoid) if self.pinned.is_none() => avoid.others(&snapshot, CANDIDATES),
+                    _ => {
+                        let found = snapshot.candidates(self.pinned.as_ref(), CANDIDATES);
+                        found.cloned().collect()
+                    }
+                };
+                self.candidates
+                    .extend(found.into_iter().map(|ready| Candidate {
+                        service: ready.service.clone(),
+                        ready,
+                    }));
                 if self.candidates.is_empty() {
                     let shared = &self.inner.shared;
                     match shared.unpicked(&snapshot, self.pinned.as_ref(), self.patient) {
@@ -137,6 +149,9 @@ where
                         let call = Call {
                             guard: candidate.ready.acquire(),
                         };
+                        if let Some(avoid) = &self.avoid {
+                            avoid.add(call.peer());
+                        }
                         return Poll::Ready(Ok((candidate.service.call(request), call)));
                     }
                     Poll::Ready(Err(_)) => {

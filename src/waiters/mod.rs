@@ -5,23 +5,30 @@
 //! many threads. One [sweeper](sweeper) for all slots of a table wakes those whose time is up. A wake is a hint: a call
 //! looks for itself whether it is cancelled, and what the clock says.
 
+mod clock;
+pub(crate) mod guard;
 mod sweeper;
 mod table;
+pub(crate) mod timed;
 
 use std::{
     fmt,
     task::{Context, Poll},
 };
 
+use crate::error::Error;
+
 use self::table::{Key, Look};
 pub(crate) use self::{
+    clock::{after, now},
     sweeper::Timers,
     table::{NEVER, Table},
 };
 
 /// Where a call's slot is, and who may end the call.
 pub(crate) trait Holder {
-    fn table(&self) -> &Table;
+    /// None as long as nobody could wake anybody.
+    fn table(&self) -> Option<&Table>;
 
     /// Whether all calls of this holder are cancelled. What makes it so wakes the table afterwards.
     fn is_cancelled(&self) -> bool;
@@ -35,6 +42,11 @@ pub(crate) trait Holder {
     fn timers(&self) -> Option<&Timers> {
         None
     }
+
+    /// Whether that runs where this is asked.
+    fn is_here(&self) -> Result<bool, Error> {
+        Ok(true)
+    }
 }
 
 /// Why a call is over before it is done.
@@ -45,6 +57,8 @@ pub(crate) enum Over {
     Expired,
     /// Nobody keeps the time any more: the runtime has ended that did.
     Untimed,
+    /// It is not over, and has moved to another task.
+    Moved,
 }
 
 /// One call's slot, armed while it is pending. Dropping it disarms it.
@@ -57,7 +71,7 @@ pub(crate) struct Waiter<H: Holder> {
 // === impl Waiter ===
 
 impl<H: Holder> Waiter<H> {
-    /// For a call whose time is up `at` this time of the holder's [`Timers`], or [`NEVER`].
+    /// For a call whose time is up `at` this time, or [`NEVER`].
     #[inline]
     pub(crate) const fn new(holder: H, at: u64) -> Self {
         Self {
@@ -80,11 +94,6 @@ impl<H: Holder> Waiter<H> {
         self.holder.is_cancelled()
     }
 
-    /// Whether its time is up, by the clock.
-    pub(crate) fn is_expired(&self) -> bool {
-        self.is_timed() && (self.holder.timers()).is_some_and(|timers| timers.now() >= self.at)
-    }
-
     /// To be asked whenever the call itself is pending: whether it is over. Has this task woken when it is.
     #[inline]
     pub(crate) fn poll(&mut self, cx: &Context<'_>) -> Poll<Over> {
@@ -92,20 +101,27 @@ impl<H: Holder> Waiter<H> {
             return Poll::Ready(Over::Cancelled);
         }
         // Armed => (armed | woken)
+        let Some(table) = self.holder.table() else {
+            return Poll::Ready(Over::Untimed);
+        };
         if let Some(key) = self.key {
-            if self.holder.table().look(key, cx) == Look::Waits {
-                return Poll::Pending;
+            match table.look(key, cx) {
+                Look::Waits => return Poll::Pending,
+                Look::Moved if !self.is_timed() => return Poll::Pending,
+                // Whoever keeps its time may be another there.
+                Look::Moved => return Poll::Ready(Over::Moved),
+                Look::Expired => {
+                    self.key = None;
+                    return Poll::Ready(Over::Expired);
+                }
+                Look::Woken => self.key = None,
             }
-            self.key = None;
             if let Some(over) = self.over() {
                 return Poll::Ready(over);
             }
         }
         // Interest first, then another look.
-        let (key, sooner) = self
-            .holder
-            .table()
-            .arm(cx.waker().clone(), self.at, self.holder.tag());
+        let (key, sooner) = table.arm(cx.waker().clone(), self.at, self.holder.tag());
         self.key = Some(key);
         if let Some(timers) = self.holder.timers()
             && self.is_timed()
@@ -123,22 +139,27 @@ impl<H: Holder> Waiter<H> {
         }
     }
 
+    /// Somebody else keeps its time.
+    fn untime(&mut self) {
+        self.disarm();
+        self.at = NEVER;
+    }
+
     fn over(&self) -> Option<Over> {
         if self.holder.is_cancelled() {
             return Some(Over::Cancelled);
         }
         let timers = self.holder.timers().filter(|_| self.is_timed())?;
-        if timers.now() >= self.at {
-            return Some(Over::Expired);
-        }
         timers.is_dead().then_some(Over::Untimed)
     }
 
     /// The call is not pending for now.
     #[inline]
     pub(crate) fn disarm(&mut self) {
-        if let Some(key) = self.key.take() {
-            self.holder.table().disarm(key);
+        if let Some(key) = self.key.take()
+            && let Some(table) = self.holder.table()
+        {
+            table.disarm(key);
         }
     }
 }

@@ -9,14 +9,12 @@ use std::{
     time::Duration,
 };
 
-use tokio::{
-    runtime,
-    sync::Notify,
-    task,
-    time::{self, Instant},
-};
+use tokio::{runtime, sync::Notify, task, time};
 
-use super::{NEVER, Table};
+use super::{
+    NEVER, Table,
+    clock::{instant, now},
+};
 
 /// The least time between two sweeps that nobody asked for: calls whose times are close together are woken together,
 /// and none is later than this.
@@ -38,8 +36,6 @@ pub(crate) struct Timers(Arc<Inner>);
 struct Inner {
     table: Table,
     runtime: runtime::Handle,
-    /// The beginning of time.
-    base: Instant,
     state: Mutex<State>,
     sooner: Notify,
     /// The runtime has ended. Stored before the table is woken: who arms a slot looks at it afterwards.
@@ -65,15 +61,9 @@ struct Ending {
 
 impl Timers {
     pub(crate) fn new(runtime: runtime::Handle) -> Self {
-        // On a clock that tests can pause.
-        let base = {
-            let _entered = runtime.enter();
-            Instant::now()
-        };
         Self(Arc::new(Inner {
             table: Table::new(),
             runtime,
-            base,
             state: Mutex::default(),
             sooner: Notify::new(),
             dead: AtomicBool::new(false),
@@ -87,19 +77,6 @@ impl Timers {
     /// The runtime that it is on.
     pub(crate) fn runtime(&self) -> &runtime::Handle {
         &self.0.runtime
-    }
-
-    /// The time, in nanoseconds.
-    pub(crate) fn now(&self) -> u64 {
-        self.0.now()
-    }
-
-    /// When a call's time is up that begins now.
-    #[inline]
-    pub(crate) fn after(&self, timeout: Duration) -> u64 {
-        let timeout = u64::try_from(timeout.as_nanos()).unwrap_or(NEVER);
-        // 2^64 ns are 584 years.
-        self.now().saturating_add(timeout).min(NEVER - 1)
     }
 
     /// Whether the runtime has ended.
@@ -119,13 +96,13 @@ impl Timers {
         }
         drop(state);
         // Not under the lock: where the runtime has ended, the task ends here and now, and says so.
-        let mut ending = Ending {
+        let ending = Ending {
             inner: self.0.clone(),
             in_order: false,
         };
         self.0.runtime.spawn(async move {
             ending.inner.run().await;
-            ending.in_order = true;
+            ending.in_order();
         });
     }
 
@@ -154,11 +131,6 @@ impl fmt::Debug for Timers {
 // === impl Inner ===
 
 impl Inner {
-    fn now(&self) -> u64 {
-        let age = Instant::now().saturating_duration_since(self.base);
-        u64::try_from(age.as_nanos()).unwrap_or(NEVER - 1)
-    }
-
     /// Until there is nothing to do.
     async fn run(&self) {
         loop {
@@ -167,7 +139,7 @@ impl Inner {
                 state.again = false;
                 state.closed
             };
-            let now = self.now();
+            let now = now();
             let next = self.sweep(now, closed).await;
             let again = self.sooner.notified();
             if next == NEVER {
@@ -180,10 +152,9 @@ impl Inner {
                 }
             } else {
                 // Sleeping => sweeping
-                let next = self.base + Duration::from_nanos(next);
-                let soonest = self.base + Duration::from_nanos(now) + GRAIN;
+                let soonest = now + GRAIN.as_nanos() as u64;
                 tokio::select! {
-                    () = time::sleep_until(next.max(soonest)) => {}
+                    () = time::sleep_until(instant(next.max(soonest))) => {}
                     () = again => {}
                 }
             }
@@ -194,16 +165,11 @@ impl Inner {
     async fn sweep(&self, now: u64, thorough: bool) -> u64 {
         self.table.begin_sweep();
         let mut next = NEVER;
-        let mut woken = 0;
         for shard in 0..self.table.shards() {
-            let (wakers, earliest) = self.table.sweep(shard, now, thorough);
+            let (mut wakers, earliest) = self.table.sweep(shard, now, thorough);
             next = next.min(earliest);
-            for waker in wakers {
-                waker.wake();
-                woken += 1;
-                if woken % BATCH == 0 {
-                    task::yield_now().await;
-                }
+            while wakers.wake(BATCH) {
+                task::yield_now().await;
             }
         }
         self.table.end_sweep(next);
@@ -226,6 +192,12 @@ impl Inner {
 }
 
 // === impl Ending ===
+
+impl Ending {
+    fn in_order(mut self) {
+        self.in_order = true;
+    }
+}
 
 impl Drop for Ending {
     fn drop(&mut self) {

@@ -2,6 +2,7 @@
 
 use std::{
     cell::Cell,
+    panic::{self, AssertUnwindSafe},
     sync::{
         Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -16,6 +17,9 @@ use crate::sync::Padded;
 
 /// A time that never comes.
 pub(crate) const NEVER: u64 = u64::MAX;
+
+/// A shard that is empty may keep so many places.
+const SPACIOUS: usize = 1024;
 
 /// Pending calls: how to wake each, and when its time is up.
 ///
@@ -41,9 +45,14 @@ struct Slot {
     /// Taken when it was woken, for whatever reason.
     waker: Option<Waker>,
     at: u64,
+    /// The sweeper has found its time to be up.
+    expired: bool,
     /// Whose it is, for those who wake some of a table only.
     tag: usize,
 }
+
+/// Calls that are to be woken: those too that are left when this is dropped.
+pub(super) struct Wakers(Vec<Waker>);
 
 /// A slot of a table.
 #[derive(Clone, Copy, Debug)]
@@ -59,6 +68,10 @@ pub(super) enum Look {
     Waits,
     /// It was woken since, and is disarmed.
     Woken,
+    /// The same, because its time was up.
+    Expired,
+    /// It waits, and another task polls it than before.
+    Moved,
 }
 
 // === impl Table ===
@@ -98,6 +111,7 @@ impl Table {
         let slot = Slot {
             waker: Some(waker),
             at,
+            expired: false,
             tag,
         };
         let (slot, earlier) = match self.lock(shard) {
@@ -117,33 +131,31 @@ impl Table {
 
     /// Sees to it that an armed slot wakes this task.
     pub(super) fn look(&self, key: Key, cx: &Context<'_>) -> Look {
-        let is_woken = match self.lock(key.shard) {
-            Some(mut shard) => match shard.slots.get(key.slot).map(|slot| &slot.waker) {
-                Some(Some(waker)) if waker.will_wake(cx.waker()) => return Look::Waits,
-                Some(Some(_)) => false,
-                Some(None) | None => {
-                    shard.slots.try_remove(key.slot);
-                    true
-                }
-            },
-            None => true,
-        };
-        if is_woken {
+        let Some(mut shard) = self.lock(key.shard) else {
             return Look::Woken;
+        };
+        match shard.slots.get(key.slot) {
+            Some(Slot {
+                waker: Some(waker), ..
+            }) if waker.will_wake(cx.waker()) => return Look::Waits,
+            Some(Slot { waker: Some(_), .. }) => {}
+            Some(_) | None => return shard.woken(key.slot),
         }
         // Another task has it now.
+        drop(shard);
         let mut waker = Some(cx.waker().clone());
-        if let Some(mut shard) = self.lock(key.shard)
-            && let Some(slot) = shard.slots.get_mut(key.slot)
-        {
-            if slot.waker.is_none() {
-                shard.slots.try_remove(key.slot);
-                return Look::Woken;
-            }
-            std::mem::swap(&mut slot.waker, &mut waker);
-        }
+        let look = match self.lock(key.shard) {
+            Some(mut shard) => match shard.slots.get_mut(key.slot) {
+                Some(slot) if slot.waker.is_some() => {
+                    std::mem::swap(&mut slot.waker, &mut waker);
+                    Look::Moved
+                }
+                Some(_) | None => shard.woken(key.slot),
+            },
+            None => Look::Woken,
+        };
         drop(waker);
-        Look::Waits
+        look
     }
 
     pub(super) fn disarm(&self, key: Key) {
@@ -162,7 +174,7 @@ impl Table {
                 let slots = slots.filter(|slot| tag.is_none_or(|tag| tag == slot.tag));
                 wakers.extend(slots.filter_map(|slot| slot.waker.take()));
             }
-            wakers.into_iter().for_each(Waker::wake);
+            drop(Wakers(wakers));
         }
     }
 
@@ -173,23 +185,28 @@ impl Table {
 
     /// The wakers of a shard's slots whose time is up, and when the next one's is; unless it is `thorough`, that may be
     /// the time of a slot that is disarmed.
-    pub(super) fn sweep(&self, shard: usize, now: u64, thorough: bool) -> (Vec<Waker>, u64) {
+    pub(super) fn sweep(&self, shard: usize, now: u64, thorough: bool) -> (Wakers, u64) {
         let mut wakers = Vec::new();
         let Some(mut shard) = self.lock(shard) else {
-            return (wakers, NEVER);
+            return (Wakers(wakers), NEVER);
         };
         if thorough || shard.earliest <= now {
             let mut earliest = NEVER;
             for (_, slot) in &mut shard.slots {
                 if slot.at <= now {
                     slot.at = NEVER;
+                    slot.expired = true;
                     wakers.extend(slot.waker.take());
                 }
                 earliest = earliest.min(slot.at);
             }
             shard.earliest = earliest;
+            // What a burst has left would be walked over each time.
+            if shard.slots.is_empty() && shard.slots.capacity() > SPACIOUS {
+                shard.slots = Slab::new();
+            }
         }
-        (wakers, shard.earliest)
+        (Wakers(wakers), shard.earliest)
     }
 
     pub(super) fn end_sweep(&self, next: u64) {
@@ -211,6 +228,40 @@ impl Table {
         let shard = self.shards.get(shard)?;
         Some(shard.lock().unwrap_or_else(PoisonError::into_inner))
     }
+}
+
+// === impl Shard ===
+
+impl Shard {
+    /// Disarms a slot that was woken, and tells why.
+    fn woken(&mut self, slot: usize) -> Look {
+        match self.slots.try_remove(slot) {
+            Some(slot) if slot.expired => Look::Expired,
+            _ => Look::Woken,
+        }
+    }
+}
+
+// === impl Wakers ===
+
+impl Wakers {
+    /// Wakes some; false if there are no more.
+    pub(super) fn wake(&mut self, most: usize) -> bool {
+        let some = self.0.len().saturating_sub(most)..;
+        self.0.drain(some).for_each(wake);
+        !self.0.is_empty()
+    }
+}
+
+impl Drop for Wakers {
+    fn drop(&mut self) {
+        self.wake(usize::MAX);
+    }
+}
+
+/// A waker that panics is its task's affair, and not that of those who come after it.
+fn wake(waker: Waker) {
+    let _panic = panic::catch_unwind(AssertUnwindSafe(|| waker.wake()));
 }
 
 /// A number for this thread, so that threads are spread evenly.

@@ -1,0 +1,114 @@
+//! The header `grpc-timeout`: what a call's time is, on the wire.
+
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+use crate::error::Error;
+
+pub(crate) const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+
+/// The time that a request gives itself.
+///
+/// The header is at most eight digits and a unit
+/// ([PROTOCOL-HTTP2.md](https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md)).
+pub(crate) fn timeout_of(headers: &HeaderMap) -> Result<Option<Duration>, Error> {
+    let Some(value) = headers.get(GRPC_TIMEOUT) else {
+        return Ok(None);
+    };
+    let invalid = || {
+        let why = format!("{value:?} is not one to eight digits and one of H, M, S, m, u, n");
+        Error::invalid("grpc-timeout", why)
+    };
+    let (digits, unit) = value
+        .to_str()
+        .ok()
+        .and_then(|text| text.split_at_checked(text.len().saturating_sub(1)))
+        .ok_or_else(invalid)?;
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return Err(invalid());
+    }
+    let number: u64 = digits.parse().map_err(|_| invalid())?;
+    Ok(Some(match unit {
+        "H" => Duration::from_secs(number * 3600),
+        "M" => Duration::from_secs(number * 60),
+        "S" => Duration::from_secs(number),
+        "m" => Duration::from_millis(number),
+        "u" => Duration::from_micros(number),
+        "n" => Duration::from_nanos(number),
+        _ => return Err(invalid()),
+    }))
+}
+
+/// The finest unit in which it fits into eight digits, rounded up, so that the server never gives up first.
+pub(crate) fn header_of(timeout: Duration) -> HeaderValue {
+    const MOST: u128 = 99_999_999;
+    const UNITS: [(u128, u8); 6] = [
+        (1, b'n'),
+        (1_000, b'u'),
+        (1_000_000, b'm'),
+        (1_000_000_000, b'S'),
+        (60_000_000_000, b'M'),
+        (3_600_000_000_000, b'H'),
+    ];
+    let nanos = timeout.as_nanos();
+    let (mut number, unit) = UNITS
+        .iter()
+        .map(|(size, unit)| (nanos.div_ceil(*size), *unit))
+        .find(|(number, _)| *number <= MOST)
+        .unwrap_or((MOST, b'H'));
+    // By hand: this is on the path of every call that has a bound, and `format!` costs as much as all the rest.
+    let mut text = [0; 9];
+    let mut rest = text.len();
+    for (place, digit) in text.iter_mut().enumerate().rev() {
+        rest = place;
+        if place == 8 {
+            *digit = unit;
+            continue;
+        }
+        *digit = b'0' + (number % 10) as u8;
+        number /= 10;
+        if number == 0 {
+            break;
+        }
+    }
+    let text = text.get(rest..).unwrap_or_default();
+    HeaderValue::from_bytes(text).unwrap_or_else(|_| HeaderValue::from_static("99999999H"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+
+    #[test]
+    fn a_timeout_header_comes_back_as_it_was_or_a_little_longer() {
+        for timeout in [
+            Duration::from_nanos(1),
+            Duration::from_millis(1),
+            Duration::from_millis(1500),
+            Duration::from_secs(86_400),
+            Duration::from_secs(10_000_000_000),
+        ] {
+            let mut headers = HeaderMap::new();
+            headers.insert(GRPC_TIMEOUT, header_of(timeout));
+            let read = timeout_of(&headers).unwrap().unwrap();
+            assert!(read >= timeout, "{timeout:?} was read as {read:?}");
+            assert!(
+                read.as_secs_f64() <= timeout.as_secs_f64() * 1.001,
+                "{read:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_no_timeout_is_refused() {
+        for bad in ["", "m", "5", "123456789m", "-1S", "1.5S", "5x", "5 S"] {
+            let mut headers = HeaderMap::new();
+            headers.insert(GRPC_TIMEOUT, HeaderValue::from_static(bad));
+            let error = timeout_of(&headers).unwrap_err();
+            assert_eq!(error.kind(), Kind::Invalid, "{bad}");
+            assert!(error.to_string().contains("eight digits"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! A call that is made several times at once: the first answer counts
+//! ([A6](https://github.com/grpc/proposal/blob/master/A6-client-retries.md#hedging-policy)).
+
+use std::{
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use http::{Request, Response};
+use tokio::time::Sleep;
+use tower_service::Service;
+
+use super::{
+    Body, HedgingPolicy,
+    call::{Attempted, Attempts, Call, finally, polled_again},
+    decide::{Nature, Pushback},
+    layer::{Owner, Spare},
+};
+use crate::{
+    error::{BoxError, Error, Sent},
+    pool::in_turn,
+};
+
+/// How many of a call's attempts are made anew because they were not processed.
+const MOST_REMADE: u32 = 16;
+
+/// The attempts of one call.
+pub(super) struct Hedge<W, S, O>
+where
+    S: Service<Request<O>>,
+{
+    policy: HedgingPolicy,
+    // None when it is over.
+    call: Option<Call<W>>,
+    under_way: Vec<Pin<Box<S::Future>>>,
+    next: Next<S>,
+    /// Attempts that count.
+    made: u32,
+    /// Those that were made anew, and do not count.
+    remade: u32,
+    /// The last failure, as long as others may do better.
+    last: Option<Result<S::Response, Error>>,
+}
+
+/// The next attempt.
+enum Next<S> {
+    Now,
+    /// The service that it goes to is awaited.
+    Readying(S),
+    After(Pin<Box<Sleep>>),
+    /// There is none.
+    No,
+}
+
+/// What a failed attempt comes to.
+enum Outcome<T> {
+    /// It is the call's failure.
+    Fatal(Result<T, Error>),
+    Another,
+}
+
+// === impl Hedge ===
+
+impl<W, S, O> Hedge<W, S, O>
+where
+    W: Owner,
+    S: Service<Request<O>>,
+{
+    pub(super) fn new(policy: HedgingPolicy, mut call: Call<W>) -> Self {
+        // The pool writes into it whom each attempt goes to, and passes them by.
+        call.avoid_list();
+        Self {
+            policy,
+            call: Some(call),
+            under_way: Vec::new(),
+            next: Next::Now,
+            made: 0,
+            remade: 0,
+            last: None,
+        }
+    }
+}
+
+impl<W, S, O, R> Hedge<W, S, O>
+where
+    W: Spare<S>,
+    S: Service<Request<O>, Response = Response<R>> + Clone,
+    S::Error: Into<BoxError>,
+    O: From<Body>,
+{
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Attempts<R>> {
+        let Some(mut call) = self.call.take() else {
+            return Poll::Ready(Err(polled_again()));
+        };
+        let result = self.poll_call(&mut call, cx);
+        let Poll::Ready(result) = result else {
+            self.call = Some(call);
+            return Poll::Pending;
+        };
+        // The others are cancelled.
+        self.under_way.clear();
+        self.next = Next::No;
+        self.last = None;
+        Poll::Ready(match result {
+            Ok(response) => {
+                let codes = self.policy.codes();
+                Ok(call.commit(response, |_| codes))
+            }
+            Err(failed) => finally(failed, call.sent(Sent::Unsent)),
+        })
+    }
+
+    /// The response that counts, or the failure that does.
+    #[expect(
+        clippy::type_complexity,
+        reason = "it is taken apart by its one caller"
+    )]
+    fn poll_call(
+        &mut self,
+        call: &mut Call<W>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Response<R>, Result<Response<R>, Error>>> {
+        loop {
+            let next = self.poll_next(call, cx);
+            if let Poll::Ready(Err(error)) = next {
+                return Poll::Ready(Err(Err(error)));
+            }
+            // Those that were made first are asked first.
+            let mut n = 0;
+            let mut again = next.is_ready();
+            while let Some(attempt) = self.under_way.get_mut(n) {
+                let Poll::Ready(result) = attempt.as_mut().poll(cx) else {
+                    n += 1;
+                    continue;
+                };
+                drop(self.under_way.remove(n));
+                match Attempted::of(result, call.is_pinned()) {
+                    Err(response) => return Poll::Ready(Ok(response)),
+                    Ok(attempted) => match self.failed(call, attempted) {
+                        Outcome::Fatal(failed) => return Poll::Ready(Err(failed)),
+                        Outcome::Another => again = true,
+                    },
+                }
+            }
+            if self.under_way.is_empty() && matches!(self.next, Next::No) {
+                let last = self.last.take();
+                return Poll::Ready(Err(last.unwrap_or_else(|| Err(polled_again()))));
+            }
+            if !again {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// Makes the next attempt when it is time for it.
+    fn poll_next(&mut self, call: &mut Call<W>, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        loop {
+            match &mut self.next {
+                Next::No => return Poll::Pending,
+                // After => Now
+                Next::After(sleep) => {
+                    ready!(sleep.as_mut().poll(cx));
+                    self.next = Next::Now;
+                }
+                // Now => (Readying | No)
+                Next::Now => {
+                    let is_allowed = call.throttle().is_none_or(|t| t.allows());
+                    if self.made > 0 && (self.made >= self.policy.attempts() || !is_allowed) {
+                        self.next = Next::No;
+                        return Poll::Pending;
+                    }
+                    ready!(in_turn(cx));
+                    self.next = Next::Readying(call.owner.spare());
+                }
+                // Readying => (Now | After | No)
+                Next::Readying(service) => {
+                    if let Err(error) = ready!(service.poll_ready(cx)) {
+                        self.next = Next::No;
+                        self.last = Some(Err(Error::from_service(error.into())));
+                        return Poll::Pending;
+                    }
+                    self.made += 1;
+                    call.progress.made = self.made;
+                    let request = call.again()?;
+                    let attempt = Box::pin(service.call(request.map(O::from)));
+                    self.under_way.push(attempt);
+                    self.next = match self.made < self.policy.attempts() {
+                        true if self.policy.delay().is_zero() => Next::Now,
+                        true => self.next_after(call, self.policy.delay()),
+                        false => Next::No,
+                    };
+                    return Poll::Ready(Ok(()));
+                }
+            }
+        }
+    }
+
+    fn next_after(&self, call: &Call<W>, delay: std::time::Duration) -> Next<S> {
+        match call.owner.sleep(delay) {
+            Ok(sleep) if call.has(delay) => Next::After(sleep),
+            // There would be no time for it, or there is nothing to wait by.
+            _ => Next::No,
+        }
+    }
+
+    /// Takes in a failure.
+    fn failed(&mut self, call: &mut Call<W>, attempted: Attempted<R>) -> Outcome<Response<R>> {
+        let Attempted {
+            failure,
+            sent,
+            peer,
+            result,
+        } = attempted;
+        call.sent(sent);
+        if let Some(peer) = &peer {
+            call.avoid(peer);
+        }
+        match failure.nature {
+            Nature::Final => return Outcome::Fatal(result),
+            // As if it had not been made.
+            Nature::Lost | Nature::Refused if self.remade < MOST_REMADE => {
+                self.remade += 1;
+                self.made = self.made.saturating_sub(1);
+                self.next = Next::Now;
+                self.last = Some(result);
+                return Outcome::Another;
+            }
+            _ => {}
+        }
+        let is_fatal = !self.policy.codes().contains(failure.code);
+        if !is_fatal || failure.pushback == Pushback::Stop {
+            call.throttle().inspect(|throttle| {
+                throttle.failed();
+            });
+        }
+        if is_fatal {
+            return Outcome::Fatal(result);
+        }
+        self.last = Some(result);
+        if !matches!(self.next, Next::No) {
+            self.next = match failure.pushback {
+                Pushback::None => Next::Now,
+                Pushback::Stop => Next::No,
+                Pushback::After(delay) => self.next_after(call, delay),
+            };
+        }
+        Outcome::Another
+    }
+}
