@@ -98,6 +98,7 @@ pub mod endpoint;
 pub mod error;
 pub mod events;
 pub mod gate;
+mod headers;
 #[cfg(feature = "manager")]
 pub mod manager;
 pub mod pool;

@@ -4,7 +4,15 @@
 //! how they are made again when they fail; and for all together when a service that fails is left alone. A
 //! [`Channel`](crate::Channel) keeps to the one of its role, a [`RetryLayer`](crate::RetryLayer) to its policies.
 
-use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use arc_swap::{ArcSwap, Guard};
 
@@ -52,7 +60,7 @@ pub struct MethodConfig {
 }
 
 /// How calls are made again.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub enum Repeat {
     /// Only what was certainly not processed.
@@ -66,7 +74,13 @@ pub enum Repeat {
 
 /// A [`ServiceConfig`] that can be replaced while calls are made. Clones are the same one.
 #[derive(Clone)]
-pub struct SharedConfig(Arc<ArcSwap<ServiceConfig>>);
+pub struct SharedConfig(Arc<Shared>);
+
+struct Shared {
+    // Relaxed: a call that misses that it was replaced an instant ago is as one that was made before.
+    plain: AtomicBool,
+    config: ArcSwap<ServiceConfig>,
+}
 
 // === impl ServiceConfig ===
 
@@ -133,6 +147,10 @@ impl ServiceConfig {
     #[cfg(feature = "manager")]
     pub(crate) fn health_service(&self) -> Option<&str> {
         self.health_service.as_deref()
+    }
+
+    fn is_plain(&self) -> bool {
+        self.methods.is_empty() && self.others == MethodConfig::default()
     }
 
     pub(crate) const fn throttled(&self) -> Option<Throttling> {
@@ -283,24 +301,38 @@ fn both() -> Error {
 impl SharedConfig {
     /// This one, until it is replaced.
     pub fn new(config: impl Into<ServiceConfig>) -> Self {
-        Self(Arc::new(ArcSwap::from_pointee(config.into())))
+        let config = config.into();
+        Self(Arc::new(Shared {
+            plain: AtomicBool::new(config.is_plain()),
+            config: ArcSwap::from_pointee(config),
+        }))
     }
 
     /// Replaces it. Calls that begin later are made by the new one, and so are repeats of those under way. A throttle is
     /// as full as before.
     pub fn replace(&self, config: impl Into<ServiceConfig>) {
-        self.0.store(Arc::new(config.into()));
+        let config = config.into();
+        let plain = config.is_plain();
+        // Of two that replace it at once, the flag may be the other's: it may only err on the safe side.
+        self.0.plain.fetch_and(plain, Ordering::Relaxed);
+        self.0.config.store(Arc::new(config));
     }
 
     /// What is configured now.
     pub fn current(&self) -> Arc<ServiceConfig> {
-        self.0.load_full()
+        self.0.config.load_full()
+    }
+
+    /// Whether nothing is configured for any method: a look that costs less than one at the configuration.
+    #[inline]
+    pub(crate) fn is_plain(&self) -> bool {
+        self.0.plain.load(Ordering::Relaxed)
     }
 
     /// The same for a moment: not to be held across an await.
     #[inline]
     pub(crate) fn load(&self) -> Guard<Arc<ServiceConfig>> {
-        self.0.load()
+        self.0.config.load()
     }
 }
 

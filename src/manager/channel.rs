@@ -22,10 +22,11 @@ use tower_service::Service;
 use crate::{
     CancelToken, InstanceId, RetryLayer, WaitForReady,
     cancel::cancelled_error,
+    config::Repeat,
     deadline::{GRPC_TIMEOUT, exceeded, header_of, says_so, timeout_of},
     error::{Error, Kind, Sent},
     pool::{self, Pool, in_turn},
-    retry::{self, Calls, Owner, Spare, Target},
+    retry::{self, Calls, Owner, Spare, Target, is_bare},
     transport::{self, Connection},
     waiters::{
         Holder, NEVER, Over, Table, Timers, Waiter, after,
@@ -201,10 +202,14 @@ impl Service<Request<tonic::body::Body>> for Channel {
             Ok(asked) => asked,
             Err(error) => return ResponseFuture::failed(error),
         };
-        let (configured, wait_for_ready) = {
-            let config = handle.target().config().load();
-            let method = config.for_path(request.uri().path());
-            (method.timeout, method.wait_for_ready)
+        let config = handle.target().config();
+        let (configured, wait_for_ready, repeat) = match config.is_plain() {
+            true => (None, None, Repeat::Transparent),
+            false => {
+                let config = config.load();
+                let method = config.for_path(request.uri().path());
+                (method.timeout, method.wait_for_ready, *method.repeat())
+            }
         };
         let timeout = match (asked, configured) {
             (Some(asked), Some(configured)) => Some(asked.min(configured)),
@@ -230,10 +235,9 @@ impl Service<Request<tonic::body::Body>> for Channel {
         {
             request.extensions_mut().insert(WaitForReady(wait));
         }
-        // Most have tonic's word for the method there, and nothing else.
-        let token = match request.extensions().len() {
-            0 | 1 if request.extensions().get::<CancelToken>().is_none() => None,
-            _ => request.extensions_mut().remove::<CancelToken>(),
+        let token = match is_bare(request.extensions()) {
+            true => None,
+            false => request.extensions_mut().remove::<CancelToken>(),
         };
         if token.as_ref().is_some_and(CancelToken::is_cancelled) {
             let error = cancelled_error().with_sent(Sent::Unsent);
@@ -244,7 +248,9 @@ impl Service<Request<tonic::body::Body>> for Channel {
             timeout: timeout.unwrap_or_default(),
             token: token.map(|token| Box::new(Waiter::new(token, NEVER))),
         };
-        let calls = Calls::start(handle, request, at, |request| pool.start(request, None));
+        let calls = Calls::start(handle, request, at, repeat, |request| {
+            pool.start(request, None)
+        });
         ResponseFuture {
             head: Head::new(calls, ends),
         }

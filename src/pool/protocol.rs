@@ -2,8 +2,12 @@
 
 use std::{fmt, sync::Arc};
 
+use http::HeaderName;
+
 use super::{Avoid, body::Body};
-use crate::{endpoint::load::Guard, error::Peer};
+use crate::{endpoint::load::Guard, error::Peer, headers::find, retry::is_bare};
+
+const STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 /// How a pool reads its options from a request, and when a response is over.
 ///
@@ -82,7 +86,7 @@ impl<B, R> Protocol<http::Request<B>, http::Response<R>> for Http {
     fn options(request: &http::Request<B>) -> Options<'_> {
         let extensions = request.extensions();
         // Most calls have tonic's word for their method there, and nothing else.
-        if extensions.len() == 1 && extensions.get::<tonic::GrpcMethod<'static>>().is_some() {
+        if is_bare(extensions) {
             return Options::default();
         }
         Options {
@@ -96,7 +100,7 @@ impl<B, R> Protocol<http::Request<B>, http::Response<R>> for Http {
     fn track(response: http::Response<R>, call: Call) -> Self::Response {
         let mut response = response;
         // That is how a call fails before its first message.
-        let failed = response.headers().get("grpc-status");
+        let failed = find(response.headers(), &STATUS);
         if failed.is_some_and(|code| code != "0") {
             response.extensions_mut().insert(call.peer().clone());
         }

@@ -1,7 +1,7 @@
 //! Request bodies that can be sent more than once.
 
 use std::{
-    fmt,
+    fmt, mem,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker, ready},
@@ -44,8 +44,10 @@ pub(super) struct Tape(Arc<Mutex<Reel>>);
 
 struct Reel {
     source: tonic::body::Body,
-    /// What was read, while it is kept; later what the one reader has not had yet.
+    /// What was read, while it is kept; later what its reader has not had yet.
     pieces: Vec<Option<Piece>>,
+    /// Where the attempt that reads is.
+    at: usize,
     bytes: usize,
     most: usize,
     /// Nothing more is kept, and nobody begins anew.
@@ -65,7 +67,6 @@ enum Piece {
 struct Replay {
     tape: Tape,
     attempt: u32,
-    at: usize,
 }
 
 // === impl Source ===
@@ -73,49 +74,56 @@ struct Replay {
 impl Source {
     /// Looks at a body: whether it is all there, as a unary call's is.
     pub(super) fn of(mut body: tonic::body::Body, most: usize) -> Result<(Body, Self), Error> {
-        let failed = |error: Status| Error::new(Kind::RequestBody).with_source(error);
+        // Whoever reads on polls again, with a waker.
         let mut cx = Context::from_waker(Waker::noop());
         let mut look = |body: &mut tonic::body::Body| match body.is_end_stream() {
             true => Poll::Ready(None),
             false => Pin::new(body).poll_frame(&mut cx),
         };
-        let mut pieces = Vec::new();
-        let mut over = false;
-        for _ in 0..2 {
-            match look(&mut body) {
-                Poll::Ready(Some(frame)) => pieces.extend(Piece::of(frame.map_err(failed)?)),
-                Poll::Ready(None) => {
-                    over = true;
-                    break;
-                }
-                // Whoever reads on polls again, with a waker.
-                Poll::Pending => break,
-            }
-        }
-        let bytes = pieces.iter().map(Piece::len).sum();
-        let whole = match (over, pieces.as_slice()) {
-            (true, []) => Some(None),
-            (true, [Piece::Data(message)]) => Some(Some(message.clone())),
-            _ => None,
+        let first = match look(&mut body) {
+            Poll::Ready(Some(frame)) => frame.map_err(failed)?,
+            Poll::Ready(None) => return Ok(Self::whole(None, most)),
+            Poll::Pending => return Ok(Self::stream(body, Vec::new(), most)),
         };
-        if let Some(whole) = whole {
-            let source = match bytes > most {
-                true => Self::Spent,
-                false => Self::Whole(whole.clone()),
-            };
-            return Ok((Body::whole(whole), source));
+        let first = match first.into_data() {
+            Ok(data) => data,
+            Err(frame) => {
+                let pieces = Piece::of(frame).into_iter().collect();
+                return Ok(Self::stream(body, pieces, most));
+            }
+        };
+        match look(&mut body) {
+            Poll::Ready(None) => Ok(Self::whole(Some(first), most)),
+            Poll::Ready(Some(second)) => {
+                let second = Piece::of(second.map_err(failed)?);
+                let pieces = [Some(Piece::Data(first)), second].into_iter().flatten();
+                Ok(Self::stream(body, pieces.collect(), most))
+            }
+            Poll::Pending => Ok(Self::stream(body, vec![Piece::Data(first)], most)),
         }
+    }
+
+    fn whole(message: Option<Bytes>, most: usize) -> (Body, Self) {
+        let source = match message.as_ref().map_or(0, Bytes::len) > most {
+            true => Self::Spent,
+            false => Self::Whole(message.clone()),
+        };
+        (Body::whole(message), source)
+    }
+
+    fn stream(source: tonic::body::Body, pieces: Vec<Piece>, most: usize) -> (Body, Self) {
+        let bytes = pieces.iter().map(Piece::cost).sum();
         let tape = Tape(Arc::new(Mutex::new(Reel {
-            source: body,
+            source,
             pieces: pieces.into_iter().map(Some).collect(),
+            at: 0,
             bytes,
             most,
             committed: bytes > most,
             attempt: 0,
-            over,
+            over: false,
         })));
-        let body = Body::replay(tape.clone(), 0);
-        Ok((body, Self::Tape(tape)))
+        (Body::replay(tape.clone(), 0), Self::Tape(tape))
     }
 
     /// The body of the next attempt; none if it cannot be sent again.
@@ -139,7 +147,9 @@ impl Source {
     /// There will be no other attempt.
     pub(super) fn commit(self) {
         if let Self::Tape(tape) = self {
-            tape.lock().committed = true;
+            let mut reel = tape.lock();
+            reel.committed = true;
+            reel.forget();
         }
     }
 }
@@ -154,6 +164,7 @@ impl Tape {
             return None;
         }
         reel.attempt += 1;
+        reel.at = 0;
         let attempt = reel.attempt;
         drop(reel);
         Some(Body::replay(self.clone(), attempt))
@@ -182,27 +193,27 @@ impl fmt::Debug for Tape {
 // === impl Reel ===
 
 impl Reel {
-    fn poll_next(
-        &mut self,
-        at: &mut usize,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        if let Some(kept) = self.pieces.get_mut(*at) {
-            *at += 1;
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if let Some(kept) = self.pieces.get_mut(self.at) {
+            self.at += 1;
             let piece = match self.committed {
                 // Nobody reads it again.
                 true => kept.take(),
                 false => kept.clone(),
             };
-            if self.committed && *at == self.pieces.len() {
-                self.pieces = Vec::new();
+            if self.committed {
+                self.forget();
             }
             return Poll::Ready(piece.map(|piece| Ok(piece.frame())));
         }
         if self.over {
             return Poll::Ready(None);
         }
-        let frame = match ready!(Pin::new(&mut self.source).poll_frame(cx)) {
+        // A stream that panics is not read again.
+        let committed = mem::replace(&mut self.committed, true);
+        let frame = ready!(self.poll_source(committed, cx));
+        self.committed = committed;
+        let frame = match frame {
             Some(Ok(frame)) => frame,
             Some(Err(error)) => {
                 // It fails whoever reads it, so nobody is to begin anew.
@@ -220,16 +231,36 @@ impl Reel {
             return Poll::Pending;
         };
         if !self.committed {
-            self.bytes = self.bytes.saturating_add(piece.len());
+            self.bytes = self.bytes.saturating_add(piece.cost());
             if self.bytes > self.most {
                 self.committed = true;
-                self.pieces = Vec::new();
+                self.forget();
             } else {
                 self.pieces.push(Some(piece.clone()));
-                *at += 1;
+                self.at += 1;
             }
         }
         Poll::Ready(Some(Ok(piece.frame())))
+    }
+
+    fn poll_source(
+        &mut self,
+        committed: bool,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let frame = Pin::new(&mut self.source).poll_frame(cx);
+        if frame.is_pending() {
+            self.committed = committed;
+        }
+        frame
+    }
+
+    /// Lets go of what its one reader has had.
+    fn forget(&mut self) {
+        if self.at >= self.pieces.len() {
+            self.pieces = Vec::new();
+            self.at = 0;
+        }
     }
 }
 
@@ -251,15 +282,21 @@ impl Piece {
         }
     }
 
-    fn len(&self) -> usize {
-        match self {
+    /// What it takes to keep it. A stream of empty messages is not for nothing.
+    fn cost(&self) -> usize {
+        let bytes = match self {
             Self::Data(data) => data.len(),
-            Self::Trailers(trailers) => trailers
-                .iter()
-                .map(|(n, v)| n.as_str().len() + v.len())
-                .sum(),
-        }
+            Self::Trailers(trailers) => {
+                let sizes = trailers.iter().map(|(n, v)| n.as_str().len() + v.len());
+                sizes.sum()
+            }
+        };
+        bytes + size_of::<Self>()
     }
+}
+
+fn failed(error: Status) -> Error {
+    Error::new(Kind::RequestBody).with_source(error)
 }
 
 // === impl Body ===
@@ -273,11 +310,7 @@ impl Body {
 
     const fn replay(tape: Tape, attempt: u32) -> Self {
         Self {
-            kind: Form::Replay(Replay {
-                tape,
-                attempt,
-                at: 0,
-            }),
+            kind: Form::Replay(Replay { tape, attempt }),
         }
     }
 }
@@ -298,7 +331,7 @@ impl http_body::Body for Body {
                     let why = "another attempt of the call has taken its place";
                     return Poll::Ready(Some(Err(Status::cancelled(why))));
                 }
-                reel.poll_next(&mut replay.at, cx)
+                reel.poll_next(cx)
             }
         }
     }

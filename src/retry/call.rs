@@ -3,6 +3,7 @@
 use std::{
     fmt,
     future::Future,
+    mem,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -20,7 +21,7 @@ use super::{
     body::Source,
     decide::{Failure, Nature, Progress, Verdict, code_of},
     hedge::Hedge,
-    kept::Kept,
+    kept::{Kept, is_bare},
     layer::{Owner, Shared, Spare},
     response,
 };
@@ -111,13 +112,6 @@ pub(super) struct Call<W> {
 #[derive(Clone, Copy, Debug)]
 struct Owned;
 
-/// The policy that is for one call.
-enum Policy {
-    Transparent,
-    Retry(RetryPolicy),
-    Hedge(HedgingPolicy),
-}
-
 /// A failed attempt, as its service told it.
 pub(super) struct Attempted<T> {
     pub(super) failure: Failure,
@@ -192,12 +186,14 @@ where
     S::Error: Into<BoxError>,
     O: From<Body>,
 {
-    /// A call whose time is up `at` this time, which its header says too; `first` makes the first attempt.
+    /// A call whose time is up `at` this time, which its header says too, and whose method is configured to be made again
+    /// like this; `first` makes the first attempt.
     #[inline]
     pub(crate) fn start<B>(
         owner: &Arc<W>,
         request: Request<B>,
         at: u64,
+        repeat: Repeat,
         first: impl FnOnce(Request<O>) -> S::Future,
     ) -> Self
     where
@@ -210,7 +206,7 @@ where
             Ok(looked) => looked,
             Err(error) => return Self::failed(error),
         };
-        let policy = policy_of(&**owner, head.uri.path(), &head.extensions);
+        let repeat = repeat_of(&head.extensions, || repeat);
         let is_whole = matches!(source, Source::Whole(_));
         let kept = Kept::of(&head, source, at);
         let mut call = Call {
@@ -222,15 +218,15 @@ where
             before: None,
             owner: owner.clone(),
         };
-        match policy {
-            Policy::Transparent => {}
-            Policy::Retry(_) => {
+        match repeat {
+            Repeat::Transparent => {}
+            Repeat::Retry(_) => {
                 call.kept.owned = true;
                 if owner.is_outer() {
                     head.extensions.insert(Owned);
                 }
             }
-            Policy::Hedge(policy) if is_whole => {
+            Repeat::Hedge(policy) if is_whole => {
                 call.kept.owned = true;
                 let hedge = Box::new(Hedge::new(policy, call));
                 return Self {
@@ -239,7 +235,7 @@ where
                 };
             }
             // A stream cannot be in two places.
-            Policy::Hedge(_) => {}
+            Repeat::Hedge(_) => {}
         }
         let future = first(Request::from_parts(head, O::from(body)));
         Self {
@@ -249,30 +245,22 @@ where
     }
 }
 
-/// The policy for a call: its own, or that of its method; none if somebody outside makes it again.
-fn policy_of(owner: &impl Owner, path: &str, extensions: &http::Extensions) -> Policy {
-    // tonic's own word for the method, and nothing else: most calls.
-    let is_bare = match extensions.len() {
-        0 => true,
-        1 => extensions.get::<tonic::GrpcMethod<'static>>().is_some(),
-        _ => false,
-    };
-    if !is_bare {
-        if extensions.get::<Owned>().is_some() {
-            return Policy::Transparent;
-        }
-        if let Some(policy) = extensions.get::<RetryPolicy>() {
-            return Policy::Retry(*policy);
-        }
-        if let Some(policy) = extensions.get::<HedgingPolicy>() {
-            return Policy::Hedge(*policy);
-        }
+/// How a call is made again: as it says itself, or as its method is configured; not by a policy if somebody outside does that.
+#[inline]
+fn repeat_of(extensions: &http::Extensions, configured: impl FnOnce() -> Repeat) -> Repeat {
+    if is_bare(extensions) {
+        return configured();
     }
-    match owner.target().config().load().for_path(path).repeat() {
-        Repeat::Transparent => Policy::Transparent,
-        Repeat::Retry(policy) => Policy::Retry(*policy),
-        Repeat::Hedge(policy) => Policy::Hedge(*policy),
+    if extensions.get::<Owned>().is_some() {
+        return Repeat::Transparent;
     }
+    if let Some(policy) = extensions.get::<RetryPolicy>() {
+        return Repeat::Retry(*policy);
+    }
+    if let Some(policy) = extensions.get::<HedgingPolicy>() {
+        return Repeat::Hedge(*policy);
+    }
+    configured()
 }
 
 impl<W, S, O, R> Future for Calls<W, S, O>
@@ -294,14 +282,16 @@ where
                     let Some(call) = this.call.as_mut() else {
                         return Poll::Ready(Err(polled_again()));
                     };
-                    let attempted = match Attempted::of(result, call.is_pinned()) {
-                        Err(response) => {
-                            let Some(call) = this.call.take() else {
-                                return Poll::Ready(Err(polled_again()));
-                            };
-                            return Poll::Ready(Ok(call.commit(response, Call::codes)));
-                        }
-                        Ok(attempted) => attempted,
+                    let attempted = match result {
+                        Ok(response) => match Failure::of_response(&response) {
+                            None => {
+                                let response = call.commit(response, Call::codes);
+                                *this.call = None;
+                                return Poll::Ready(Ok(response));
+                            }
+                            Some(failure) => Attempted::answered(response, failure),
+                        },
+                        Err(error) => Attempted::failed(error, call.is_pinned()),
                     };
                     let pause = match call.after(&attempted) {
                         Verdict::Final => None,
@@ -459,10 +449,9 @@ impl<W: Owner> Call<W> {
         if let Some(policy) = self.kept.extension::<RetryPolicy>() {
             return Some(*policy);
         }
-        let none = http::Extensions::new();
-        match policy_of(&*self.owner, self.kept.path(), &none) {
-            Policy::Retry(policy) => Some(policy),
-            Policy::Transparent | Policy::Hedge(_) => None,
+        match self.owner.target().repeat(self.kept.path()) {
+            Repeat::Retry(policy) => Some(policy),
+            _ => None,
         }
     }
 
@@ -532,12 +521,12 @@ impl<W: Owner> Call<W> {
 
     /// The response that counts: there will be no other attempt.
     pub(super) fn commit<R>(
-        self,
+        &mut self,
         response: Response<R>,
         codes: impl FnOnce(&Self) -> Codes,
     ) -> Response<response::Body<R>> {
         let mut counting = match self.throttle() {
-            Some(throttle) => Some(response::Counting::new(throttle, codes(&self))),
+            Some(throttle) => Some(response::Counting::new(throttle, codes(self))),
             None => None,
         };
         // One that has nothing but trailers.
@@ -546,7 +535,7 @@ impl<W: Owner> Call<W> {
         {
             counting.count(code);
         }
-        self.kept.source.commit();
+        mem::replace(&mut self.kept.source, Source::Spent).commit();
         response.map(|body| response::Body::new(body, counting))
     }
 }
@@ -554,30 +543,23 @@ impl<W: Owner> Call<W> {
 // === impl Attempted ===
 
 impl<T> Attempted<T> {
-    /// What an attempt came to; the response itself if that is what counts.
-    pub(super) fn of<E: Into<BoxError>>(
-        result: Result<Response<T>, E>,
-        pinned: bool,
-    ) -> Result<Self, Response<T>> {
-        match result {
-            Ok(response) => match Failure::of_response(&response) {
-                None => Err(response),
-                Some(failure) => Ok(Self {
-                    failure,
-                    sent: Sent::Sent,
-                    peer: response.extensions().get::<Peer>().cloned(),
-                    result: Ok(response),
-                }),
-            },
-            Err(error) => {
-                let error = Error::from_service(error.into());
-                Ok(Self {
-                    failure: Failure::of_error(&error, pinned),
-                    sent: error.sent(),
-                    peer: error.peer().cloned(),
-                    result: Err(error),
-                })
-            }
+    /// By an answer that says so.
+    pub(super) fn answered(response: Response<T>, failure: Failure) -> Self {
+        Self {
+            failure,
+            sent: Sent::Sent,
+            peer: response.extensions().get::<Peer>().cloned(),
+            result: Ok(response),
+        }
+    }
+
+    pub(super) fn failed(error: impl Into<BoxError>, pinned: bool) -> Self {
+        let error = Error::from_service(error.into());
+        Self {
+            failure: Failure::of_error(&error, pinned),
+            sent: error.sent(),
+            peer: error.peer().cloned(),
+            result: Err(error),
         }
     }
 }

@@ -6,7 +6,10 @@ use http::{HeaderMap, HeaderName, Response, StatusCode};
 use tonic::Code;
 
 use super::{RetryPolicy, throttle::Throttle};
-use crate::error::{Error, Kind, Sent};
+use crate::{
+    error::{Error, Kind, Sent},
+    headers::find,
+};
 
 const STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
@@ -115,7 +118,7 @@ impl Failure {
     /// Of a response that has nothing but trailers, as all have that fail before their first message.
     #[inline]
     pub(super) fn of_response<B>(response: &Response<B>) -> Option<Self> {
-        match response.headers().get(STATUS) {
+        match find(response.headers(), &STATUS) {
             None if response.status() == StatusCode::OK => None,
             Some(code) if code == "0" => None,
             code => Some(Self {
@@ -166,7 +169,7 @@ fn code_of_http(status: StatusCode) -> Code {
 
 /// The code in a status, wherever it stands.
 pub(super) fn code_of(status: &HeaderMap) -> Option<Code> {
-    let code = status.get(STATUS)?;
+    let code = find(status, &STATUS)?;
     Some(Code::from_bytes(code.as_bytes()))
 }
 

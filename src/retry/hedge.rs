@@ -14,7 +14,7 @@ use tower_service::Service;
 use super::{
     Body, HedgingPolicy,
     call::{Attempted, Attempts, Call, finally, polled_again},
-    decide::{Nature, Pushback},
+    decide::{Failure, Nature, Pushback},
     layer::{Owner, Spare},
 };
 use crate::{
@@ -135,12 +135,16 @@ where
                     continue;
                 };
                 drop(self.under_way.remove(n));
-                match Attempted::of(result, call.is_pinned()) {
-                    Err(response) => return Poll::Ready(Ok(response)),
-                    Ok(attempted) => match self.failed(call, attempted) {
-                        Outcome::Fatal(failed) => return Poll::Ready(Err(failed)),
-                        Outcome::Another => again = true,
+                let attempted = match result {
+                    Ok(response) => match Failure::of_response(&response) {
+                        None => return Poll::Ready(Ok(response)),
+                        Some(failure) => Attempted::answered(response, failure),
                     },
+                    Err(error) => Attempted::failed(error, call.is_pinned()),
+                };
+                match self.failed(call, attempted) {
+                    Outcome::Fatal(failed) => return Poll::Ready(Err(failed)),
+                    Outcome::Another => again = true,
                 }
             }
             if self.under_way.is_empty() && matches!(self.next, Next::No) {

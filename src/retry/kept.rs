@@ -6,6 +6,7 @@ use http::{
     Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version,
     header::{CONTENT_TYPE, TE},
     request::Parts,
+    uri::{self, Authority, PathAndQuery, Scheme},
 };
 use tonic::GrpcMethod;
 
@@ -29,7 +30,9 @@ const GRPC: &str = "application/grpc";
 #[derive(Debug)]
 pub(super) struct Kept {
     method: Method,
-    uri: Uri,
+    path: Option<PathAndQuery>,
+    // Few have one, before they are given one that is their connection's.
+    origin: Option<Box<(Option<Scheme>, Option<Authority>)>>,
     version: Version,
     te: bool,
     content_type: bool,
@@ -45,13 +48,27 @@ pub(super) struct Kept {
     pub(super) owned: bool,
 }
 
+/// Whether there is nothing but tonic's own word for the method, as in most calls.
+#[inline]
+pub(crate) fn is_bare(extensions: &Extensions) -> bool {
+    match extensions.len() {
+        0 => true,
+        1 => extensions.get::<GrpcMethod<'static>>().is_some(),
+        _ => false,
+    }
+}
+
 // === impl Kept ===
 
 impl Kept {
     pub(super) fn of(head: &Parts, source: Source, at: u64) -> Self {
         let mut kept = Self {
             method: head.method.clone(),
-            uri: head.uri.clone(),
+            path: head.uri.path_and_query().cloned(),
+            origin: match (head.uri.scheme(), head.uri.authority()) {
+                (None, None) => None,
+                (scheme, authority) => Some(Box::new((scheme.cloned(), authority.cloned()))),
+            },
             version: head.version,
             te: false,
             content_type: false,
@@ -86,7 +103,7 @@ impl Kept {
     }
 
     pub(super) fn path(&self) -> &str {
-        self.uri.path()
+        self.path.as_ref().map_or("/", PathAndQuery::path)
     }
 
     pub(super) fn extension<T: Clone + Send + Sync + 'static>(&self) -> Option<&T> {
@@ -111,7 +128,13 @@ impl Kept {
     pub(super) fn again(&self, attempts: u32) -> Option<Request<Body>> {
         let mut request = Request::new(self.source.again()?);
         *request.method_mut() = self.method.clone();
-        *request.uri_mut() = self.uri.clone();
+        let mut uri = uri::Parts::default();
+        uri.path_and_query = self.path.clone();
+        if let Some(origin) = &self.origin {
+            (uri.scheme, uri.authority) = (**origin).clone();
+        }
+        // It is what was taken apart.
+        *request.uri_mut() = Uri::from_parts(uri).ok()?;
         *request.version_mut() = self.version;
         let headers = request.headers_mut();
         if let Some(kept) = &self.headers {

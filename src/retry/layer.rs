@@ -20,7 +20,7 @@ use super::{Body, ResponseFuture, Throttle, call::Calls, response};
 #[cfg(doc)]
 use super::{HedgingPolicy, RetryPolicy};
 use crate::{
-    config::{ServiceConfig, SharedConfig},
+    config::{Repeat, ServiceConfig, SharedConfig},
     deadline::timeout_of,
     error::{BoxError, Error},
     waiters::{NEVER, after, timed},
@@ -248,7 +248,8 @@ where
         };
         let inner = &mut self.inner;
         let first = |request| inner.call(request);
-        ResponseFuture::new(Calls::start(&self.shared, request, at, first))
+        let repeat = self.shared.target.repeat(request.uri().path());
+        ResponseFuture::new(Calls::start(&self.shared, request, at, repeat, first))
     }
 }
 
@@ -319,6 +320,14 @@ impl Target {
 
     pub(crate) const fn config(&self) -> &SharedConfig {
         &self.config
+    }
+
+    /// How the calls of a method are made again.
+    pub(super) fn repeat(&self, path: &str) -> Repeat {
+        match self.config.is_plain() {
+            true => Repeat::Transparent,
+            false => *self.config.load().for_path(path).repeat(),
+        }
     }
 
     /// Its throttle, if one is configured now.

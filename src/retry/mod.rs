@@ -27,6 +27,7 @@ pub use self::{
 };
 pub(crate) use self::{
     call::Calls,
+    kept::is_bare,
     layer::{Owner, Spare, Target},
     throttle::Throttle,
 };

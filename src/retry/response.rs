@@ -83,8 +83,11 @@ impl<B: http_body::Body> http_body::Body for Body<B> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let this = self.project();
+        if this.counting.is_none() {
+            return this.inner.poll_frame(cx);
+        }
         let frame = ready!(this.inner.poll_frame(cx));
-        if this.counting.is_some() {
+        {
             let code = match &frame {
                 Some(Ok(frame)) => frame
                     .trailers_ref()
