@@ -239,4 +239,5 @@ pub(crate) struct Dialing {
     pub(crate) backoff: crate::Backoff,
     pub(crate) probe: Option<crate::Backoff>,
     pub(crate) drain: Duration,
+    pub(crate) max_in_flight: Option<usize>,
 }

@@ -4,6 +4,7 @@
 //! until its session is gone; a session that comes back is another endpoint, even at the same address.
 
 mod connect;
+pub(crate) mod limiter;
 pub(crate) mod load;
 pub(crate) mod ready;
 pub(crate) mod task;

@@ -3,10 +3,16 @@
 use std::{
     borrow::Cow,
     fmt,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
-use super::load::{Guard, Load};
+use super::{
+    limiter::Limiter,
+    load::{Guard, Load},
+};
 use crate::{error::Peer, gate::Core};
 
 /// An endpoint that is connected: one for each connection that it has in its life.
@@ -14,6 +20,8 @@ pub(crate) struct Ready<S> {
     pub(crate) service: S,
     pub(crate) load: Load<Peer>,
     pub(crate) key: u64,
+    /// How many calls it may have, over all its connections.
+    pub(crate) limiter: Option<Arc<Limiter>>,
     // Shut for good by the first call that finds the service done for. Later picks pass it by at once, without
     // waiting for the driver: a dead peer has no load, and would attract them all. Shut, until further notice, by a
     // peer that says that it does not serve.
@@ -25,11 +33,12 @@ pub(crate) struct Ready<S> {
 // === impl Ready ===
 
 impl<S> Ready<S> {
-    pub(crate) fn new(service: S, peer: &Peer, key: u64) -> Self {
+    pub(crate) fn new(service: S, peer: &Peer, key: u64, limiter: Option<Arc<Limiter>>) -> Self {
         Self {
             service,
             load: Load::new(peer.clone()),
             key,
+            limiter,
             gate: Core::new(),
             used: AtomicBool::new(false),
         }

@@ -13,7 +13,10 @@ use tokio::{
     time,
 };
 
-use super::{Connect, Connected, Dialing, Health, HealthStream, Lifeline, Target, ready::Ready};
+use super::{
+    Connect, Connected, Dialing, Health, HealthStream, Lifeline, Target, limiter::Limiter,
+    ready::Ready,
+};
 use crate::error::{BoxError, Error, Kind, SharedError};
 
 /// What an endpoint tells its driver.
@@ -54,6 +57,7 @@ pub(crate) struct Endpoint<T, C: Connect<T>> {
     pub(crate) target: Arc<T>,
     pub(crate) connect: Arc<C>,
     pub(crate) dialing: Dialing,
+    pub(crate) limiter: Option<Arc<Limiter>>,
     pub(crate) events: mpsc::UnboundedSender<(u64, Event<C::Service>)>,
     pub(crate) commands: watch::Receiver<Command>,
     /// The registry has spoken of this session again: dial now.
@@ -227,7 +231,12 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
         lifeline: Option<&Arc<dyn Lifeline>>,
         mut health: Option<HealthStream>,
     ) -> Result<Error, Ended> {
-        let ready = Arc::new(Ready::new(service, self.target.peer(), self.key));
+        let ready = Arc::new(Ready::new(
+            service,
+            self.target.peer(),
+            self.key,
+            self.limiter.clone(),
+        ));
         // Not known => (serving | not serving) => ...
         let mut serves = match health {
             None => {

@@ -32,6 +32,7 @@ mod driver;
 #[cfg(feature = "manager")]
 mod enough;
 mod interest;
+mod limits;
 mod pick;
 mod protocol;
 mod service;
@@ -54,6 +55,7 @@ pub use self::{
     avoid::Avoid,
     body::Body,
     config::PoolConfig,
+    limits::Refused,
     protocol::{Call, Http, InstanceId, Options, Plain, Protocol, WaitForReady},
     service::{Pool, ResponseFuture},
 };

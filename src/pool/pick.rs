@@ -52,7 +52,7 @@ mod tests {
             let peer = Peer::new("echo", id.to_string(), "");
             snapshot
                 .ready
-                .push(Arc::new(Ready::new((), &peer, id as u64)));
+                .push(Arc::new(Ready::new((), &peer, id as u64, None)));
         }
         snapshot
     }

@@ -1,11 +1,17 @@
 //! What a pool has to know of requests and responses: the options of a call, and when a call is over.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use http::HeaderName;
 
-use super::{Avoid, body::Body};
-use crate::{endpoint::load::Guard, error::Peer, headers::find, retry::is_bare};
+use super::{Avoid, body::Body, limits::Places};
+use crate::{
+    deadline::{GRPC_TIMEOUT, exceeded, header_of, timeout_of},
+    endpoint::load::Guard,
+    error::{Error, Peer, Sent},
+    headers::find,
+    retry::is_bare,
+};
 
 const STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
@@ -19,6 +25,17 @@ pub trait Protocol<Req, Res> {
 
     /// The options that travel with a request.
     fn options(request: &Req) -> Options<'_>;
+
+    /// Told before a request is handed over that has waited, for a millisecond or more: what it says of its time may not be
+    /// true any more.
+    ///
+    /// # Errors
+    ///
+    /// Why it is not to be made any more.
+    fn waited(request: &mut Req, waited: Duration) -> Result<(), Error> {
+        let _ = (request, waited);
+        Ok(())
+    }
 
     /// Ties the end of the call to the end of its response.
     fn track(response: Res, call: Call) -> Self::Response;
@@ -75,6 +92,7 @@ pub struct InstanceId(pub(crate) Arc<str>);
 #[derive(Debug)]
 pub struct Call {
     pub(crate) guard: Guard<Peer>,
+    pub(crate) _places: Places,
 }
 
 // === impl Http ===
@@ -94,6 +112,19 @@ impl<B, R> Protocol<http::Request<B>, http::Response<R>> for Http {
             wait_for_ready: extensions.get().map(|WaitForReady(wait)| *wait),
             avoid: extensions.get(),
         }
+    }
+
+    /// A server is told what remains of the time.
+    fn waited(request: &mut http::Request<B>, waited: Duration) -> Result<(), Error> {
+        let Some(timeout) = timeout_of(request.headers())? else {
+            return Ok(());
+        };
+        let left = timeout.saturating_sub(waited);
+        if left.is_zero() {
+            return Err(exceeded(timeout).with_sent(Sent::Unsent));
+        }
+        request.headers_mut().insert(GRPC_TIMEOUT, header_of(left));
+        Ok(())
     }
 
     #[inline]

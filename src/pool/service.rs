@@ -27,11 +27,13 @@ use tower_service::Service;
 use super::{
     PoolConfig, Setup,
     interest::Interest,
+    limits::{Full, Limits, Places},
     protocol::{Call, Http, InstanceId, Protocol},
     snapshot::Snapshot,
     wait::{Slow, Waiting, polled_again},
 };
 use crate::{
+    endpoint::ready::Ready,
     error::{BoxError, Error},
     waiters::Timers,
 };
@@ -87,6 +89,7 @@ pub(crate) struct Shared<S> {
     pub(crate) interest: Interest,
     /// Whether it ends because nobody holds it any more.
     pub(crate) let_go: AtomicBool,
+    pub(super) limits: Limits,
     #[cfg(feature = "manager")]
     pub(crate) target: Arc<crate::retry::Target>,
 }
@@ -214,6 +217,10 @@ impl<S, P> Pool<S, P> {
         self.inner.shared.role.clone()
     }
 
+    pub(super) fn shared_limits(&self) -> &Limits {
+        &self.inner.shared.limits
+    }
+
     pub(crate) fn snapshot(&self) -> Arc<Snapshot<S>> {
         self.inner.shared.snapshot.load_full()
     }
@@ -273,6 +280,22 @@ impl<S, P> Pool<S, P> {
                 other.as_ref()
             }
         };
+        let shared = &self.inner.shared;
+        let elsewhere;
+        let (picked, places) = match picked {
+            Some(ready) if shared.limits.are_set => {
+                match shared.find_place(&snapshot, ready, instance.is_some()) {
+                    Ok((ready, places)) => {
+                        elsewhere = ready;
+                        (Some(&elsewhere), places)
+                    }
+                    Err(error) => {
+                        return ResponseFuture::new(State::Refused { error: Some(error) });
+                    }
+                }
+            }
+            picked => (picked, Places::default()),
+        };
         if let Some(ready) = picked {
             let mut service = ready.service.clone();
             // Most services are ready at once; one that is not is polled again with a real waker.
@@ -280,6 +303,7 @@ impl<S, P> Pool<S, P> {
                 Poll::Ready(Ok(())) => {
                     let call = Call {
                         guard: ready.acquire(),
+                        _places: places,
                     };
                     if let Some(avoid) = options.avoid {
                         avoid.add(call.peer());
@@ -353,6 +377,7 @@ impl<S> Shared<S> {
         #[cfg(not(feature = "manager"))]
         let _ = setup;
         Self {
+            limits: Limits::new(&config),
             role,
             config,
             snapshot: ArcSwap::from_pointee(Snapshot::empty()),
@@ -362,6 +387,38 @@ impl<S> Shared<S> {
             #[cfg(feature = "manager")]
             target: setup.target.clone(),
         }
+    }
+}
+
+impl<S> Shared<S> {
+    /// A place for a call at this endpoint, or at another that has room.
+    #[cold]
+    fn find_place(
+        &self,
+        snapshot: &Snapshot<S>,
+        picked: &Arc<Ready<S>>,
+        pinned: bool,
+    ) -> Result<(Arc<Ready<S>>, Places), Error> {
+        let mut full = match self.limits.admit(&self.role, picked) {
+            Ok(places) => return Ok((picked.clone(), places)),
+            Err(full) => full,
+        };
+        if !pinned && matches!(full, Full::Peer(_)) {
+            let len = snapshot.ready.len();
+            let start = fastrand::usize(..len.max(1));
+            let all = (0..len).filter_map(|step| snapshot.ready.get((start + step) % len));
+            for other in all.filter(|other| !other.is_down() && !Arc::ptr_eq(other, picked)) {
+                match self.limits.admit(&self.role, other) {
+                    Ok(places) => return Ok((other.clone(), places)),
+                    Err(Full::Role(error)) => {
+                        full = Full::Role(error);
+                        break;
+                    }
+                    Err(Full::Peer(_)) => {}
+                }
+            }
+        }
+        Err(self.limits.refuse(full))
     }
 }
 
@@ -421,7 +478,7 @@ where
                 }
                 // Slow => (Calling | failed)
                 StateProj::Slow { slow } => {
-                    let (response, call) = ready!(slow.poll_call(cx))?;
+                    let (response, call) = ready!(slow.poll_call::<P>(cx))?;
                     this.state.set(State::Calling {
                         response,
                         call: Some(call),

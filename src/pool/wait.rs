@@ -8,25 +8,33 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
-use tokio::{sync::futures::OwnedNotified, task::coop, time::Sleep};
+use tokio::{
+    sync::futures::OwnedNotified,
+    task::coop,
+    time::{Instant, Sleep},
+};
 use tower_service::Service;
 
 use super::{
     Avoid,
     interest::Held,
-    protocol::{Call, InstanceId},
+    protocol::{Call, InstanceId, Protocol},
     service::{Inner, Shared},
     snapshot::{Phase, Resolution, Snapshot},
 };
 use crate::{
-    endpoint::ready::Ready,
+    endpoint::{limiter::Place, ready::Ready},
     error::{BoxError, Error, Kind},
 };
 
 /// How many endpoints that are not ready for a call it waits for at a time.
 const CANDIDATES: usize = 4;
+
+/// A request is told of a wait that was longer.
+const TOLD: Duration = Duration::from_millis(1);
 
 /// A call that was not picked for, or not taken, at once.
 pub(super) struct Slow<S, Req> {
@@ -39,6 +47,9 @@ pub(super) struct Slow<S, Req> {
     candidates: Vec<Candidate<S>>,
     changed: Pin<Box<OwnedNotified>>,
     time_up: Pin<Box<Sleep>>,
+    /// Since it first had to wait.
+    place: Option<Place>,
+    began: Instant,
     /// A pool that somebody waits for is not idle.
     _held: Held,
 }
@@ -77,6 +88,8 @@ impl<S, Req> Slow<S, Req> {
             candidates: Vec::new(),
             changed: inner.shared.next_change(),
             time_up: inner.driver.sleep(config.max_wait),
+            place: None,
+            began: Instant::now(),
             _held: inner.shared.interest.hold(),
         }
     }
@@ -108,10 +121,13 @@ where
     S::Error: Into<BoxError>,
 {
     /// An endpoint has the call, or there is none and waiting is over.
-    pub(super) fn poll_call(
+    pub(super) fn poll_call<P>(
         &mut self,
         cx: &mut Context<'_>,
-    ) -> Poll<Result<(S::Future, Call), Error>> {
+    ) -> Poll<Result<(S::Future, Call), Error>>
+    where
+        P: Protocol<Req, S::Response>,
+    {
         loop {
             // Looking => (called | waiting | failed)
             if self.candidates.is_empty() {
@@ -140,14 +156,29 @@ where
                 }
             }
             let (found, mut n) = (self.candidates.len(), 0);
+            let mut full = None;
             while let Some(candidate) = self.candidates.get_mut(n) {
                 match candidate.service.poll_ready(cx) {
                     Poll::Ready(Ok(())) => {
-                        let Some(request) = self.request.take() else {
+                        let shared = &self.inner.shared;
+                        let places = match shared.limits.admit(&shared.role, &candidate.ready) {
+                            Ok(places) => places,
+                            Err(is_full) => {
+                                full = Some(is_full);
+                                self.candidates.swap_remove(n);
+                                continue;
+                            }
+                        };
+                        let Some(mut request) = self.request.take() else {
                             return Poll::Ready(Err(polled_again()));
                         };
+                        let waited = self.began.elapsed();
+                        if waited >= TOLD {
+                            P::waited(&mut request, waited)?;
+                        }
                         let call = Call {
                             guard: candidate.ready.acquire(),
+                            _places: places,
                         };
                         if let Some(avoid) = &self.avoid {
                             avoid.add(call.peer());
@@ -161,9 +192,23 @@ where
                     Poll::Pending => n += 1,
                 }
             }
+            if let Some(full) = full.filter(|_| self.candidates.is_empty()) {
+                ready!(in_turn(cx));
+                return Poll::Ready(Err(self.inner.shared.limits.refuse(full)));
+            }
             if found > 0 && self.candidates.is_empty() {
                 // They went down, and are passed by at the next look.
                 continue;
+            }
+            if self.place.is_none() {
+                let shared = &self.inner.shared;
+                self.place = match shared.limits.wait(&shared.role) {
+                    Ok(place) => Some(place),
+                    Err(error) => {
+                        ready!(in_turn(cx));
+                        return Poll::Ready(Err(error));
+                    }
+                };
             }
             // Waiting => (looking | failed). For the candidates, which have the waker, for the next
             // snapshot, or for the end of patience.

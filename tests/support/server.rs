@@ -2,6 +2,7 @@
 //! sockets are closed by the kernel, and nothing it had in flight is finished.
 
 use std::{
+    collections::VecDeque,
     net::{SocketAddr, TcpListener},
     pin::Pin,
     sync::{
@@ -49,6 +50,10 @@ pub struct Seen {
     now: AtomicUsize,
     pub timeouts: Mutex<Vec<String>>,
     pub user_agents: Mutex<Vec<String>>,
+    /// What each call said of attempts before it, `-` for nothing.
+    pub previous: Mutex<Vec<String>>,
+    /// What the next calls fail with: unary ones at once, uploads after their first message.
+    pub script: Mutex<VecDeque<Status>>,
 }
 
 /// How a server is set up.
@@ -243,6 +248,15 @@ struct Counted {
 }
 
 impl Seen {
+    /// The next calls fail with these.
+    pub fn fail_with(&self, statuses: impl IntoIterator<Item = Status>) {
+        self.script.lock().unwrap().extend(statuses);
+    }
+
+    fn scripted(&self) -> Option<Status> {
+        self.script.lock().unwrap().pop_front()
+    }
+
     fn start<T>(self: &Arc<Self>, request: &Request<T>) -> Counted {
         let header = |name| {
             let value = request.metadata().get(name)?;
@@ -253,6 +267,9 @@ impl Seen {
             .lock()
             .unwrap()
             .extend(header("user-agent"));
+        let previous = header("grpc-previous-rpc-attempts");
+        let previous = previous.unwrap_or_else(|| "-".to_owned());
+        self.previous.lock().unwrap().push(previous);
         self.started.fetch_add(1, Ordering::SeqCst);
         let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
         self.most_at_once.fetch_max(now, Ordering::SeqCst);
@@ -300,7 +317,11 @@ impl echo_server::Echo for Echo {
     async fn unary(&self, request: Request<EchoRequest>) -> Result<Response<EchoResponse>, Status> {
         let mut call = self.seen.start(&request);
         let request = request.into_inner();
-        let result = pause(&request).await;
+        let scripted = self.seen.scripted();
+        let result = match scripted {
+            Some(status) => Err(status),
+            None => pause(&request).await,
+        };
         call.finish();
         result?;
         Ok(Response::new(EchoResponse {
@@ -324,6 +345,10 @@ impl echo_server::Echo for Echo {
         };
         while let Some(request) = requests.message().await? {
             if let Err(status) = pause(&request).await {
+                call.finish();
+                return Err(status);
+            }
+            if let Some(status) = self.seen.scripted() {
                 call.finish();
                 return Err(status);
             }

@@ -8,6 +8,7 @@ use super::{Driver, Known, Task};
 use crate::{
     endpoint::{
         Connect, Target,
+        limiter::Limiter,
         task::{Command, Endpoint},
     },
     error::Kind,
@@ -195,11 +196,13 @@ where
     fn spawn(&mut self, key: u64, target: &Arc<T>) -> Task {
         let (commands_tx, commands) = watch::channel(Command::Run);
         let nudge = Arc::new(Notify::new());
+        let dialing = self.shared.config.dialing();
         let endpoint = Endpoint {
             key,
             target: target.clone(),
             connect: self.connect.clone(),
-            dialing: self.shared.config.dialing(),
+            limiter: dialing.max_in_flight.map(Limiter::new),
+            dialing,
             events: self.events_tx.clone(),
             commands,
             nudge: nudge.clone(),

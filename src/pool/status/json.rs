@@ -8,15 +8,27 @@ use serde::{Serialize, Serializer, ser::SerializeStruct as _};
 
 use super::{Connectivity, Discovery, EndpointStatus, Status};
 use crate::discover::Member;
+use crate::pool::Refused;
 
 impl Serialize for Status {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        let mut to = to.serialize_struct("Status", 5)?;
+        let mut to = to.serialize_struct("Status", 6)?;
         to.serialize_field("role", &*self.role)?;
         to.serialize_field("registry", &self.discovery)?;
         to.serialize_field("ready", &self.ready())?;
         to.serialize_field("idle", &self.idle)?;
+        to.serialize_field("refused", &self.refused)?;
         to.serialize_field("instances", &self.endpoints)?;
+        to.end()
+    }
+}
+
+impl Serialize for Refused {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let mut to = to.serialize_struct("Refused", 3)?;
+        to.serialize_field("role", &self.role)?;
+        to.serialize_field("peer", &self.peer)?;
+        to.serialize_field("waiting", &self.waiting)?;
         to.end()
     }
 }

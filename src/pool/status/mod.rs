@@ -9,7 +9,7 @@ use std::{sync::Arc, time::SystemTime};
 #[cfg(feature = "component")]
 pub(crate) use self::json::millis;
 use super::{
-    Pool,
+    Pool, Refused,
     snapshot::{Entry, Phase, Resolution},
 };
 use crate::{
@@ -27,6 +27,8 @@ pub struct Status {
     pub discovery: Discovery,
     /// Whether nobody has used it for so long that nobody is connected.
     pub idle: bool,
+    /// How many calls its limits have refused since it began.
+    pub refused: Refused,
     /// All its endpoints, by id.
     pub endpoints: Vec<EndpointStatus>,
 }
@@ -122,6 +124,7 @@ impl<S, P> Pool<S, P> {
                 Resolution::Stopped(_) => Discovery::Stopped,
             },
             idle: snapshot.asleep,
+            refused: self.shared_limits().refused(),
             endpoints,
         }
     }

@@ -26,10 +26,15 @@ impl fmt::Display for Status {
         let (ready, all) = (self.ready(), self.endpoints.len());
         let (role, discovery) = (&self.role, &self.discovery);
         let idle = if self.idle { ", idle" } else { "" };
-        writeln!(
+        write!(
             f,
             "{role}: {ready} of {all} ready{idle}, registry {discovery}"
         )?;
+        match self.refused.total() {
+            0 => writeln!(f)?,
+            1 => writeln!(f, ", 1 call over a limit")?,
+            n => writeln!(f, ", {n} calls over a limit")?,
+        }
         let lines: Vec<_> = self.endpoints.iter().map(cells).collect();
         if lines.is_empty() {
             return Ok(());

@@ -1,0 +1,95 @@
+//! Places for calls, of which there are so many and no more.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use crate::sync::Padded;
+
+/// A limit, and what is taken of it.
+///
+/// One number, which each change takes from what it was to what it is by a compare-and-swap: so the limit is never passed, and
+/// nobody is refused for somebody who was. Relaxed: nothing is read on the strength of it.
+pub(crate) struct Limiter {
+    limit: usize,
+    taken: Padded<AtomicUsize>,
+}
+
+/// A place under a limit. Dropping it gives it back, also in a panic.
+pub(crate) struct Place(Arc<Limiter>);
+
+// === impl Limiter ===
+
+impl Limiter {
+    pub(crate) fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self {
+            limit,
+            taken: Padded(AtomicUsize::new(0)),
+        })
+    }
+
+    pub(crate) const fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// None if all are taken.
+    pub(crate) fn take(self: &Arc<Self>) -> Option<Place> {
+        let one_more = |taken: usize| (taken < self.limit).then(|| taken + 1);
+        let taken = self
+            .taken
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more);
+        taken.ok().map(|_| Place(self.clone()))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.taken.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl fmt::Debug for Limiter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let taken = self.taken.load(Ordering::Relaxed);
+        write!(f, "{taken} of {}", self.limit)
+    }
+}
+
+impl fmt::Debug for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Place").field(&self.0).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn there_are_never_more_than_the_limit_and_all_come_back() {
+        let limiter = Limiter::new(3);
+        let most = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..20_000 {
+                        let place = limiter.take();
+                        let taken = limiter.taken.load(Ordering::Relaxed);
+                        most.fetch_max(taken, Ordering::Relaxed);
+                        drop(place);
+                    }
+                });
+            }
+        });
+        assert!(most.load(Ordering::Relaxed) <= 3, "{most:?}");
+        let all: Vec<_> = (0..3).map(|_| limiter.take()).collect();
+        assert!(all.iter().all(Option::is_some), "{all:?}");
+        assert!(limiter.take().is_none());
+    }
+}
