@@ -4,6 +4,9 @@
 //! how they are made again when they fail; and for all together when a service that fails is left alone. A
 //! [`Channel`](crate::Channel) keeps to the one of its role, a [`RetryLayer`](crate::RetryLayer) to its policies.
 
+#[cfg(feature = "service-config")]
+mod json;
+
 use std::{
     collections::HashMap,
     fmt,
@@ -122,6 +125,15 @@ impl ServiceConfig {
     #[must_use]
     pub const fn throttling(mut self, throttling: Throttling) -> Self {
         self.throttling = Some(throttling);
+        self
+    }
+
+    /// The service whose health each peer is asked for, over `grpc.health.v1`: those that do not serve get no calls. A manager
+    /// heeds it when it first asks for the role (feature `health`); without it, it does as its
+    /// [`Connector`](crate::transport::Connector) says. Default: none.
+    #[must_use]
+    pub fn health_check(mut self, service: impl Into<Arc<str>>) -> Self {
+        self.health_service = Some(service.into());
         self
     }
 
