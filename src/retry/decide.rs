@@ -265,3 +265,6 @@ impl Progress {
         Verdict::After(delay)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -76,7 +76,76 @@ impl Throttle {
         self.is_enough(self.tokens.load(Ordering::Relaxed))
     }
 
+    #[cfg(test)]
+    pub(super) fn tokens(&self) -> u32 {
+        self.tokens.load(Ordering::Relaxed)
+    }
+
     const fn is_enough(&self, tokens: u32) -> bool {
         tokens > self.throttling.max_tokens / 2
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        Failed,
+        Succeeded,
+    }
+
+    proptest! {
+        /// Against the rules as directly as they can be said.
+        #[test]
+        fn it_is_a_bucket(
+            max in 1_u32..20,
+            ratio in 1_u32..3000,
+            steps in prop::collection::vec(prop_oneof![Just(Step::Failed), Just(Step::Succeeded)], 0..200),
+        ) {
+            let throttle = Throttle::new(Throttling::new(max, f64::from(ratio) / 1000.0).unwrap());
+            let (max, ratio) = (i64::from(max) * 1000, i64::from(ratio));
+            let mut tokens = max;
+            for step in steps {
+                match step {
+                    Step::Failed => {
+                        tokens = (tokens - 1000).max(0);
+                        prop_assert_eq!(throttle.failed(), tokens * 2 > max);
+                    }
+                    Step::Succeeded => {
+                        tokens = (tokens + ratio).min(max);
+                        throttle.succeeded();
+                    }
+                }
+                prop_assert_eq!(i64::from(throttle.tokens()), tokens);
+                prop_assert_eq!(throttle.allows(), tokens * 2 > max);
+            }
+        }
+    }
+
+    #[test]
+    fn another_configuration_leaves_it_as_full_as_it_was() {
+        let before = Throttle::new(Throttling::new(10, 0.1).unwrap());
+        for _ in 0..5 {
+            before.failed();
+        }
+        let after = Throttle::like(&before, Throttling::new(100, 1.0).unwrap());
+        assert_eq!(after.tokens(), 50_000);
+        assert!(!after.allows());
+    }
+
+    #[test]
+    fn of_the_ratio_three_decimals_count() {
+        let ratio = |ratio| Throttling::new(1, ratio).unwrap().token_ratio;
+        assert_eq!(
+            [ratio(0.1), ratio(0.0019), ratio(2.9999), ratio(1000.0)],
+            [100, 1, 2999, 1_000_000]
+        );
+        for bad in [0.0, -1.0, f64::NAN, 1e9] {
+            Throttling::new(1, bad).unwrap_err();
+        }
     }
 }
