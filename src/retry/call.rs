@@ -228,7 +228,14 @@ where
             }
             Repeat::Hedge(policy) if is_whole => {
                 call.kept.owned = true;
-                let hedge = Box::new(Hedge::new(policy, call));
+                // The pool writes into it whom each attempt goes to, and passes them by.
+                head.extensions.insert(call.avoid_list().clone());
+                if owner.is_outer() {
+                    head.extensions.insert(Owned);
+                }
+                // On the service that is ready; it may be the only one that can be.
+                let attempt = first(Request::from_parts(head, O::from(body)));
+                let hedge = Box::new(Hedge::new(policy, call, attempt));
                 return Self {
                     state: State::Hedging { hedge },
                     call: None,

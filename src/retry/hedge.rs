@@ -5,6 +5,7 @@ use std::{
     future::Future,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use http::{Request, Response};
@@ -67,15 +68,17 @@ where
     W: Owner,
     S: Service<Request<O>>,
 {
-    pub(super) fn new(policy: HedgingPolicy, mut call: Call<W>) -> Self {
-        // The pool writes into it whom each attempt goes to, and passes them by.
-        call.avoid_list();
+    /// The first attempt is under way.
+    pub(super) fn new(policy: HedgingPolicy, call: Call<W>, first: S::Future) -> Self {
         Self {
+            next: match policy.delay().is_zero() {
+                true => Next::Now,
+                false => next_after(&call, policy.delay()),
+            },
             policy,
             call: Some(call),
-            under_way: Vec::new(),
-            next: Next::Now,
-            made: 0,
+            under_way: vec![Box::pin(first)],
+            made: 1,
             remade: 0,
             last: None,
         }
@@ -191,20 +194,12 @@ where
                     self.under_way.push(attempt);
                     self.next = match self.made < self.policy.attempts() {
                         true if self.policy.delay().is_zero() => Next::Now,
-                        true => self.next_after(call, self.policy.delay()),
+                        true => next_after(call, self.policy.delay()),
                         false => Next::No,
                     };
                     return Poll::Ready(Ok(()));
                 }
             }
-        }
-    }
-
-    fn next_after(&self, call: &Call<W>, delay: std::time::Duration) -> Next<S> {
-        match call.owner.sleep(delay) {
-            Ok(sleep) if call.has(delay) => Next::After(sleep),
-            // There would be no time for it, or there is nothing to wait by.
-            _ => Next::No,
         }
     }
 
@@ -246,9 +241,17 @@ where
             self.next = match failure.pushback {
                 Pushback::None => Next::Now,
                 Pushback::Stop => Next::No,
-                Pushback::After(delay) => self.next_after(call, delay),
+                Pushback::After(delay) => next_after(call, delay),
             };
         }
         Outcome::Another
+    }
+}
+
+/// After this delay, if there is the time for it, and something to wait by.
+fn next_after<W: Owner, S>(call: &Call<W>, delay: Duration) -> Next<S> {
+    match call.owner.sleep(delay) {
+        Ok(sleep) if call.has(delay) => Next::After(sleep),
+        _ => Next::No,
     }
 }

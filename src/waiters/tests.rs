@@ -149,6 +149,58 @@ async fn a_slot_wakes_the_task_that_polled_last() {
     assert_eq!((before.times(), after.times()), (0, 1));
 }
 
+/// A waker that is never the same as another, as far as can be told.
+struct Unlike;
+
+impl Wake for Unlike {
+    fn wake(self: Arc<Self>) {}
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waker_that_is_another_at_each_poll_holds_nobody_up() {
+    let owner = Owner::here();
+    let mut timed = timed::Timed::new(owner, after(ms(10)));
+    for _ in 0..5 {
+        let waker = Waker::from(Arc::new(Unlike));
+        assert!(timed.poll(&mut Context::from_waker(&waker)).is_pending());
+    }
+    tokio::time::sleep(ms(20)).await;
+    let over = timed.poll(&mut Context::from_waker(Waker::noop()));
+    assert!(matches!(over, Poll::Ready(Ok(Over::Expired))), "{over:?}");
+}
+
+#[test]
+fn a_call_that_moves_to_another_runtime_ends_there_although_nobody_drives_the_first() {
+    let runtime = || {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap()
+    };
+    let (first, second) = (runtime(), runtime());
+    let layer = crate::DeadlineLayer::new(ms(100));
+    let never = tower::service_fn(|_: http::Request<()>| {
+        std::future::pending::<Result<http::Response<tonic::body::Body>, crate::error::BoxError>>()
+    });
+    let mut service = tower::Layer::layer(&layer, never);
+    let mut call = Box::pin(tower::Service::call(&mut service, http::Request::new(())));
+    // Begun in the one
+    first.block_on(async {
+        assert!(
+            futures_util::future::poll_immediate(&mut call)
+                .await
+                .is_none()
+        );
+    });
+    // And awaited in the other
+    let error = second.block_on(call).map(drop).unwrap_err();
+    assert_eq!(error.kind(), crate::Kind::DeadlineExceeded);
+    // As is one that begins there
+    let late = tower::Service::call(&mut service, http::Request::new(()));
+    let error = second.block_on(late).map(drop).unwrap_err();
+    assert_eq!(error.kind(), crate::Kind::DeadlineExceeded);
+}
+
 #[test]
 fn the_end_of_the_runtime_that_keeps_the_time_is_told() {
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -63,24 +63,39 @@ impl<H: Holder> Timed<H> {
     /// where there is nobody that could keep the time.
     #[inline]
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Over, Error>> {
-        loop {
-            if !self.asked && self.waiter.is_timed() {
-                self.asked = true;
-                if !self.waiter.holder().is_here()? {
-                    self.keep_alone()?;
+        if !self.asked && self.waiter.is_timed() {
+            self.asked = true;
+            self.ask()?;
+        }
+        match self.waiter.poll(cx) {
+            Poll::Pending => {}
+            // Shared => (shared | alone). Moved, it has been seen to that this task is woken. Whether another one polls is a guess,
+            // which may be wrong each time.
+            Poll::Ready(over @ (Over::Moved | Over::Untimed)) => {
+                match over {
+                    Over::Moved => self.ask()?,
+                    _ => self.keep_alone()?,
+                }
+                // Alone, it is to be woken all the same when it is cancelled.
+                if self.alone.is_some()
+                    && let Poll::Ready(Over::Cancelled) = self.waiter.poll(cx)
+                {
+                    return Poll::Ready(Ok(Over::Cancelled));
                 }
             }
-            match self.waiter.poll(cx) {
-                Poll::Pending => break,
-                // Shared => alone
-                Poll::Ready(Over::Untimed) => self.keep_alone()?,
-                Poll::Ready(Over::Moved) => self.asked = false,
-                Poll::Ready(over) => return Poll::Ready(Ok(over)),
-            }
+            Poll::Ready(over) => return Poll::Ready(Ok(over)),
         }
         match &mut self.alone {
             Some(sleep) => sleep.as_mut().poll(cx).map(|()| Ok(Over::Expired)),
             None => Poll::Pending,
+        }
+    }
+
+    /// Whether the time is kept where the call is.
+    fn ask(&mut self) -> Result<(), Error> {
+        match self.waiter.holder().is_here()? {
+            true => Ok(()),
+            false => self.keep_alone(),
         }
     }
 
