@@ -32,7 +32,8 @@ impl Target for Node {
 }
 
 /// Answers with its name, and with the request's timeout, when the gate has a permit for it; counts those that are here.
-/// Panics for a request that says so. While it is lazy, no clone is ready when it is first asked: all calls wait.
+/// Panics for a request that says so. While it is lazy, no clone is ready when it is first asked: all calls wait. While it is
+/// stuck, "a" is never ready.
 struct Gated {
     id: Arc<str>,
     here: Arc<Count>,
@@ -43,6 +44,7 @@ struct Gated {
 struct Common {
     gate: Semaphore,
     lazy: AtomicBool,
+    stuck: AtomicBool,
     /// At all peers together, and the most that were at one.
     all: Count,
     most: AtomicUsize,
@@ -88,6 +90,9 @@ impl Service<Request> for Gated {
     type Future = BoxFuture<'static, Result<Response, BoxError>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        if &*self.id == "a" && self.common.stuck.load(SeqCst) {
+            return Poll::Pending;
+        }
         if !std::mem::replace(&mut self.asked, true) && self.common.lazy.load(SeqCst) {
             cx.waker().wake_by_ref();
             return Poll::Pending;
@@ -128,6 +133,7 @@ impl Scene {
         let common = Arc::new(Common {
             gate: Semaphore::new(0),
             lazy: AtomicBool::new(false),
+            stuck: AtomicBool::new(false),
             all: Count::default(),
             most: AtomicUsize::new(0),
         });
@@ -429,8 +435,9 @@ async fn a_call_that_waited_fails_at_once_if_the_role_is_full() {
     let mut waiting = Box::pin(scene.pool.clone().oneshot(request("")));
     let error = (&mut waiting).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Limit);
-    // A place that is free when it begins to wait, and taken when it has waited
+    // A place that is free when it begins to wait, and taken when it has waited; also while another peer is waited for
     drop(held);
+    scene.common.stuck.store(true, SeqCst);
     scene.set_lazy(true);
     for _ in 0..20 {
         let mut waiting = Box::pin(scene.pool.clone().oneshot(request("")));
@@ -440,8 +447,9 @@ async fn a_call_that_waited_fails_at_once_if_the_role_is_full() {
                 .is_none()
         );
         scene.set_lazy(false);
-        let held = scene.pool.clone().oneshot(request("")).await.unwrap();
-        let error = waiting.await.unwrap_err();
+        let held = scene.pool.clone().oneshot(pinned("b")).await.unwrap();
+        let error = futures_util::future::poll_immediate(waiting).await;
+        let error = error.expect("at once").unwrap_err();
         assert_eq!(error.kind(), Kind::Limit);
         let words = "limit reached, role echo: 1 call is in flight, as many as may be in all";
         assert_eq!(error.to_string(), words);
