@@ -672,6 +672,44 @@ async fn the_peers_limit_on_streams_is_kept_to() {
         .unwrap();
 }
 
+#[tokio::test]
+async fn streams_that_end_together_are_given_to_as_many_who_wait() {
+    // Given a peer that allows two streams, which are taken, and three calls that wait for one
+    let options = Options {
+        max_streams: Some(2),
+        ..Options::default()
+    };
+    let server = EchoServer::start_with("a", options);
+    let (_manager, channel) = channel_to(&server.address());
+    let mut held = Vec::new();
+    for _ in 0..2 {
+        let request = EchoRequest {
+            count: 1000,
+            ..slow(20)
+        };
+        let mut client = EchoClient::new(channel.clone());
+        held.push(client.download(request).await.unwrap());
+    }
+    let waiting: Vec<_> = (0..3)
+        .map(|_| {
+            let mut client = EchoClient::new(channel.clone());
+            tokio::spawn(async move { client.unary(message("next")).await })
+        })
+        .collect();
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(server.seen.started.load(SeqCst), 2, "they wait");
+    // When both end, before any of those who wait has run
+    drop(held);
+    // Then nobody sleeps beside a stream that is free
+    for (n, call) in waiting.into_iter().enumerate() {
+        let answer = tokio::time::timeout(Duration::from_secs(5), call).await;
+        let answer = answer.unwrap_or_else(|_| panic!("call {n} was not woken"));
+        answer.unwrap().unwrap();
+    }
+}
+
 // Scenario 7, with one peer; `tests/pool.rs` has the part with two.
 #[tokio::test]
 async fn a_peer_that_falls_silent_is_found_out_by_keepalive() {

@@ -107,6 +107,9 @@ pub enum Sent {
 ///
 /// The generation makes it itself and not its successor: a server that registers again is another peer,
 /// whatever its id and its address.
+///
+/// A response through a [`Pool`](crate::Pool) that says in its head that the call has failed (`grpc-status` other than 0) has
+/// the peer that it came from as an extension, so that layers above know whom to [`Avoid`](crate::Avoid).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Peer {

@@ -45,7 +45,7 @@ pub trait Classify<Res> {
 /// uses if not told otherwise.
 ///
 /// Cancellation, a deadline, overload and a wrong request say nothing: an [`Error`] of kind [`Kind::Stopped`], [`Kind::Cancelled`],
-/// [`Kind::DeadlineExceeded`], [`Kind::Busy`], [`Kind::RequestBody`] or [`Kind::Invalid`], wherever it is among
+/// [`Kind::DeadlineExceeded`], [`Kind::Busy`], [`Kind::Limit`], [`Kind::RequestBody`] or [`Kind::Invalid`], wherever it is among
 /// the sources; a `tonic::Status` of code `CANCELLED`, `DEADLINE_EXCEEDED` or `RESOURCE_EXHAUSTED`; and the
 /// errors of tower's `Timeout` and `LoadShed`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -110,6 +110,7 @@ fn says_nothing(error: &Error) -> bool {
         | Kind::Cancelled
         | Kind::DeadlineExceeded
         | Kind::Busy
+        | Kind::Limit
         | Kind::RequestBody
         | Kind::Invalid => {
             return true;

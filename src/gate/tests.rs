@@ -477,6 +477,7 @@ fn what_is_not_the_services_failing_says_nothing_of_it() {
             Verdict::Unknown,
         ),
         (|| Error::new(Kind::Busy).into(), Verdict::Unknown),
+        (|| Error::new(Kind::Limit).into(), Verdict::Unknown),
         (|| Error::new(Kind::RequestBody).into(), Verdict::Unknown),
         (|| Status::cancelled("gone").into(), Verdict::Unknown),
         (

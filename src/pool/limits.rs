@@ -11,20 +11,22 @@ use crate::{
         limiter::{Limiter, Place},
         ready::Ready,
     },
-    error::{Error, Kind},
+    error::{Error, Kind, Peer},
 };
 
 /// The places that one call has.
 #[derive(Debug, Default)]
 pub(crate) struct Places {
-    role: Option<Place>,
-    peer: Option<Place>,
+    _role: Option<Place>,
+    _peer: Option<Place>,
 }
 
 /// A pool's limits.
 #[derive(Debug)]
 pub(crate) struct Limits {
     role: Option<Arc<Limiter>>,
+    /// What each endpoint's own limiter has; for words.
+    per_peer: Option<usize>,
     waiting: Arc<Limiter>,
     /// Whether calls have to look at all.
     pub(super) are_set: bool,
@@ -51,11 +53,11 @@ enum Which {
     Waiting,
 }
 
-/// Why a call was not let in.
+/// Why a call was not let in. No error yet: another peer may have room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Full {
-    Role(Error),
-    /// Another peer may have room.
-    Peer(Error),
+    Role,
+    Peer,
 }
 
 // === impl Limits ===
@@ -64,36 +66,45 @@ impl Limits {
     pub(super) fn new(config: &PoolConfig) -> Self {
         Self {
             role: config.max_in_flight.map(Limiter::new),
+            per_peer: config.max_in_flight_per_peer,
             waiting: Limiter::new(config.max_waiting),
             are_set: config.max_in_flight.is_some() || config.max_in_flight_per_peer.is_some(),
             refused: Default::default(),
         }
     }
 
-    /// Places for a call to this peer.
-    pub(super) fn admit<S>(&self, role: &Arc<str>, to: &Ready<S>) -> Result<Places, Full> {
-        let mut places = Places::default();
-        if let Some(limiter) = &self.role {
-            places.role = limiter.take();
-            if places.role.is_none() {
-                let why = format!("{} calls are in flight, as many as may be", limiter.limit());
-                let error = Error::new(Kind::Limit).with_role(role).with_reason(why);
-                return Err(Full::Role(error));
+    /// Places for a call to this endpoint, or to the first of the others that has room.
+    ///
+    /// The role's place is held while a peer's is looked for, and given back with it: what is taken is never more than may be.
+    pub(super) fn admit<'a, S, I>(
+        &self,
+        first: &'a Arc<Ready<S>>,
+        others: impl FnOnce() -> I,
+    ) -> Result<(&'a Arc<Ready<S>>, Places), Full>
+    where
+        I: Iterator<Item = &'a Arc<Ready<S>>>,
+    {
+        let role = match &self.role {
+            None => None,
+            Some(limiter) => Some(limiter.take().ok_or(Full::Role)?),
+        };
+        let place = |ready: &Ready<S>| match &ready.limiter {
+            None => Some(None),
+            Some(limiter) => limiter.take().map(Some),
+        };
+        let with = |peer| Places {
+            _role: role,
+            _peer: peer,
+        };
+        if let Some(peer) = place(first) {
+            return Ok((first, with(peer)));
+        }
+        for other in others() {
+            if let Some(peer) = place(other) {
+                return Ok((other, with(peer)));
             }
         }
-        if let Some(limiter) = &to.limiter {
-            places.peer = limiter.take();
-            if places.peer.is_none() {
-                let why = format!(
-                    "{} calls are in flight there, as many as may be",
-                    limiter.limit()
-                );
-                let peer = Arc::new(to.load.of().clone());
-                let error = Error::new(Kind::Limit).with_peer(&peer).with_reason(why);
-                return Err(Full::Peer(error));
-            }
-        }
-        Ok(places)
+        Err(Full::Peer)
     }
 
     /// A place for a call that has to wait.
@@ -102,22 +113,37 @@ impl Limits {
             self.count(Which::Waiting);
             let why = match self.waiting.limit() {
                 0 => "it would have to wait, and none may".to_owned(),
+                1 => "it would have to wait, and 1 call does, as many as may".to_owned(),
                 n => format!("it would have to wait, and {n} calls do, as many as may"),
             };
             Error::new(Kind::Limit).with_role(role).with_reason(why)
         })
     }
 
-    /// The error of a call that is not let in.
-    pub(super) fn refuse(&self, full: Full) -> Error {
+    /// The error of a call that is not let in; `pinned` is the only peer that it may go to.
+    pub(super) fn refuse(&self, full: Full, role: &Arc<str>, pinned: Option<&Peer>) -> Error {
+        let in_flight = |limit: Option<usize>| match limit.unwrap_or_default() {
+            1 => "1 call is in flight".to_owned(),
+            n => format!("{n} calls are in flight"),
+        };
+        let error = Error::new(Kind::Limit).with_role(role);
         match full {
-            Full::Role(error) => {
+            Full::Role => {
                 self.count(Which::Role);
-                error
+                let all = in_flight(self.role.as_ref().map(|limiter| limiter.limit()));
+                error.with_reason(format!("{all}, as many as may be in all"))
             }
-            Full::Peer(error) => {
+            Full::Peer => {
                 self.count(Which::Peer);
-                error
+                let all = in_flight(self.per_peer);
+                match pinned {
+                    Some(peer) => error
+                        .with_peer(&Arc::new(peer.clone()))
+                        .with_reason(format!("{all} there, as many as may be at a peer")),
+                    None => error.with_reason(format!(
+                        "{all} at each that is ready, as many as may be at a peer"
+                    )),
+                }
             }
         }
     }

@@ -4,6 +4,13 @@
 //! lock, allocates nothing and waits for nobody. A change goes through the one driver task, which stores
 //! the next snapshot. The service half never imports the driver half.
 //!
+//! Options of one call are request extensions, where requests are `http` ones ([`Http`]): [`WaitForReady`], [`InstanceId`],
+//! and [`Avoid`], which attempts of one call share. Those of a pool are in [`PoolConfig`]: how it dials, how long its calls
+//! wait and how many may ([`max_waiting`](PoolConfig::max_waiting)), and how many are in flight at most, in all
+//! ([`max_in_flight`](PoolConfig::max_in_flight)) and at each peer
+//! ([`max_in_flight_per_peer`](PoolConfig::max_in_flight_per_peer)); both are off by default. A call over a limit fails at
+//! once with [`Kind::Limit`], and [`Status::refused`](status::Status::refused) counts it.
+//!
 //! A pool balances anything that is a tower `Service + Clone`:
 //!
 //! ```

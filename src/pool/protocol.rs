@@ -44,8 +44,10 @@ pub trait Protocol<Req, Res> {
 /// Calls over `http` types: options are request extensions ([`WaitForReady`], [`InstanceId`], [`Avoid`]), and a call is
 /// over when its response body is at its end, has failed or is dropped.
 ///
-/// A response that says in its head that the call has failed (`grpc-status`) has the [`Peer`] that it came from as an
-/// extension.
+/// A response that says in its head that the call has failed (`grpc-status` other than 0) has the [`Peer`] that it came from
+/// as an extension, so that layers above know whom to avoid. A request that has waited has what remains of its time in
+/// `grpc-timeout`; if nothing does, it is not sent and fails with
+/// [`Kind::DeadlineExceeded`](crate::Kind::DeadlineExceeded).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Http;
 
@@ -116,7 +118,8 @@ impl<B, R> Protocol<http::Request<B>, http::Response<R>> for Http {
 
     /// A server is told what remains of the time.
     fn waited(request: &mut http::Request<B>, waited: Duration) -> Result<(), Error> {
-        let Some(timeout) = timeout_of(request.headers())? else {
+        // What cannot be read is the server's to refuse, as for a call that did not wait.
+        let Ok(Some(timeout)) = timeout_of(request.headers()) else {
             return Ok(());
         };
         let left = timeout.saturating_sub(waited);
@@ -213,5 +216,60 @@ impl Call {
     /// The peer that it went to.
     pub fn peer(&self) -> &Peer {
         self.guard.of()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderValue, Request, Response};
+
+    use super::*;
+    use crate::{endpoint::load::Load, error::Kind};
+
+    fn tracked(status: Option<&'static str>) -> Response<Body<()>> {
+        let load = Load::new(Peer::new("echo", "7", "h:1"));
+        let mut response = Response::new(());
+        if let Some(status) = status {
+            let headers = response.headers_mut();
+            headers.insert(STATUS, HeaderValue::from_static(status));
+        }
+        let call = Call {
+            guard: load.acquire(),
+            _places: Places::default(),
+        };
+        <Http as Protocol<Request<()>, _>>::track(response, call)
+    }
+
+    #[test]
+    fn a_failure_in_a_responses_head_says_whose_it_is_and_success_says_nothing() {
+        for (status, says) in [(None, None), (Some("0"), None), (Some("14"), Some("7"))] {
+            let response = tracked(status);
+            let peer = response.extensions().get::<Peer>();
+            assert_eq!(peer.map(|peer| &*peer.id), says, "{status:?}");
+        }
+    }
+
+    fn waited(timeout: Option<&'static str>, ms: u64) -> Result<Option<HeaderValue>, Error> {
+        let mut request = Request::new(());
+        if let Some(timeout) = timeout {
+            let headers = request.headers_mut();
+            headers.insert(GRPC_TIMEOUT, HeaderValue::from_static(timeout));
+        }
+        let waited = Duration::from_millis(ms);
+        <Http as Protocol<_, Response<()>>>::waited(&mut request, waited)?;
+        Ok(request.headers_mut().remove(GRPC_TIMEOUT))
+    }
+
+    #[test]
+    fn a_request_that_has_waited_says_what_remains() {
+        assert_eq!(waited(None, 5).unwrap(), None);
+        assert_eq!(waited(Some("1S"), 250).unwrap().unwrap(), "750000u");
+        // What cannot be read is left to the server.
+        assert_eq!(waited(Some("soon"), 5).unwrap().unwrap(), "soon");
+        for gone in [1000, 2000] {
+            let error = waited(Some("1S"), gone).unwrap_err();
+            assert_eq!(error.kind(), Kind::DeadlineExceeded);
+            assert_eq!(error.sent(), Sent::Unsent);
+        }
     }
 }

@@ -27,13 +27,12 @@ use tower_service::Service;
 use super::{
     PoolConfig, Setup,
     interest::Interest,
-    limits::{Full, Limits, Places},
+    limits::{Limits, Places},
     protocol::{Call, Http, InstanceId, Protocol},
     snapshot::Snapshot,
-    wait::{Slow, Waiting, polled_again},
+    wait::{Slow, Waiting, in_turn, polled_again},
 };
 use crate::{
-    endpoint::ready::Ready,
     error::{BoxError, Error},
     waiters::Timers,
 };
@@ -50,7 +49,7 @@ use crate::{
 /// # Errors
 ///
 /// [`Error`], of kind [`NoSession`](crate::Kind::NoSession), [`UnknownPeer`](crate::Kind::UnknownPeer),
-/// [`NotConnected`](crate::Kind::NotConnected), [`Busy`](crate::Kind::Busy),
+/// [`NotConnected`](crate::Kind::NotConnected), [`Busy`](crate::Kind::Busy), [`Limit`](crate::Kind::Limit),
 /// [`RegistryUnreachable`](crate::Kind::RegistryUnreachable) or [`Stopped`](crate::Kind::Stopped) when the call went nowhere,
 /// all *unsent*; otherwise what the endpoint's service returned, with the peer's name.
 ///
@@ -120,7 +119,7 @@ pin_project! {
         Slow {
             slow: Box<Slow<S, Req>>,
         },
-        // It asks for what cannot be.
+        // It asks for what cannot be, or is over a limit.
         Refused {
             error: Option<Error>,
         },
@@ -271,25 +270,19 @@ impl<S, P> Pool<S, P> {
             });
         }
         let snapshot = self.inner.shared.snapshot.load();
-        let other;
         let picked = match options.avoid {
-            None => snapshot.pick(instance),
-            Some(_) if instance.is_some() => snapshot.pick(instance),
-            Some(avoid) => {
-                other = avoid.others(&snapshot, 1).pop();
-                other.as_ref()
-            }
+            Some(avoid) if instance.is_none() => avoid.pick(&snapshot),
+            _ => snapshot.pick(instance),
         };
-        let shared = &self.inner.shared;
-        let elsewhere;
+        let limits = &self.inner.shared.limits;
         let (picked, places) = match picked {
-            Some(ready) if shared.limits.are_set => {
-                match shared.find_place(&snapshot, ready, instance.is_some()) {
-                    Ok((ready, places)) => {
-                        elsewhere = ready;
-                        (Some(&elsewhere), places)
-                    }
-                    Err(error) => {
+            Some(ready) if limits.are_set => {
+                let others = || snapshot.others(instance, options.avoid);
+                match limits.admit(ready, others) {
+                    Ok((ready, places)) => (Some(ready), places),
+                    Err(full) => {
+                        let pinned = instance.map(|_| ready.load.of());
+                        let error = limits.refuse(full, &self.inner.shared.role, pinned);
                         return ResponseFuture::new(State::Refused { error: Some(error) });
                     }
                 }
@@ -390,38 +383,6 @@ impl<S> Shared<S> {
     }
 }
 
-impl<S> Shared<S> {
-    /// A place for a call at this endpoint, or at another that has room.
-    #[cold]
-    fn find_place(
-        &self,
-        snapshot: &Snapshot<S>,
-        picked: &Arc<Ready<S>>,
-        pinned: bool,
-    ) -> Result<(Arc<Ready<S>>, Places), Error> {
-        let mut full = match self.limits.admit(&self.role, picked) {
-            Ok(places) => return Ok((picked.clone(), places)),
-            Err(full) => full,
-        };
-        if !pinned && matches!(full, Full::Peer(_)) {
-            let len = snapshot.ready.len();
-            let start = fastrand::usize(..len.max(1));
-            let all = (0..len).filter_map(|step| snapshot.ready.get((start + step) % len));
-            for other in all.filter(|other| !other.is_down() && !Arc::ptr_eq(other, picked)) {
-                match self.limits.admit(&self.role, other) {
-                    Ok(places) => return Ok((other.clone(), places)),
-                    Err(Full::Role(error)) => {
-                        full = Full::Role(error);
-                        break;
-                    }
-                    Err(Full::Peer(_)) => {}
-                }
-            }
-        }
-        Err(self.limits.refuse(full))
-    }
-}
-
 // === impl ResponseFuture ===
 
 impl<S: Service<Req>, Req, P> ResponseFuture<S, Req, P> {
@@ -474,6 +435,7 @@ where
                     });
                 }
                 StateProj::Refused { error } => {
+                    ready!(in_turn(cx));
                     return Poll::Ready(Err(error.take().unwrap_or_else(polled_again)));
                 }
                 // Slow => (Calling | failed)

@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::{
+    avoid::Avoid,
     chunked::{ChunkedVec, IdMap},
     pick,
     protocol::InstanceId,
@@ -128,6 +129,29 @@ impl<S> Snapshot<S> {
             .filter_map(move |step| self.ready.get((start + step) % self.ready.len()))
             .filter(move |other| !other.is_down() && first.is_none_or(|f| !Arc::ptr_eq(f, other)));
         first.into_iter().chain(others).take(most)
+    }
+
+    /// All that are up, from anywhere on.
+    pub(super) fn all_up(&self) -> impl Iterator<Item = &Arc<Ready<S>>> {
+        let len = self.ready.len();
+        let start = fastrand::usize(..len.max(1));
+        let all = (0..len).filter_map(move |step| self.ready.get((start + step) % len));
+        all.filter(|ready| !ready.is_down())
+    }
+
+    /// All that a call may go to where its pick is full: those first that no attempt has gone to.
+    pub(super) fn others<'a>(
+        &'a self,
+        pinned: Option<&InstanceId>,
+        avoid: Option<&Avoid>,
+    ) -> impl Iterator<Item = &'a Arc<Ready<S>>> {
+        let (ranked, anybody) = match (pinned, avoid) {
+            (Some(_), _) => (None, None),
+            (None, Some(avoid)) => (Some(avoid.ranked(self, usize::MAX)), None),
+            (None, None) => (None, Some(self.all_up())),
+        };
+        let ranked = ranked.into_iter().flatten().map(|(_, ready)| ready);
+        ranked.chain(anybody.into_iter().flatten())
     }
 
     /// Whether there is anybody to be picked, connected or not.

@@ -21,6 +21,7 @@ use tower_service::Service;
 use super::{
     Avoid,
     interest::Held,
+    limits::{Full, Places},
     protocol::{Call, InstanceId, Protocol},
     service::{Inner, Shared},
     snapshot::{Phase, Resolution, Snapshot},
@@ -47,9 +48,9 @@ pub(super) struct Slow<S, Req> {
     candidates: Vec<Candidate<S>>,
     changed: Pin<Box<OwnedNotified>>,
     time_up: Pin<Box<Sleep>>,
-    /// Since it first had to wait.
-    place: Option<Place>,
     began: Instant,
+    /// Among those that may wait, once it has to.
+    place: Option<Place>,
     /// A pool that somebody waits for is not idle.
     _held: Held,
 }
@@ -133,17 +134,14 @@ where
             if self.candidates.is_empty() {
                 let snapshot = self.inner.shared.snapshot.load();
                 let found: Vec<_> = match &self.avoid {
-                    Some(avoid) if self.pinned.is_none() => avoid.others(&snapshot, CANDIDATES),
+                    Some(avoid) if self.pinned.is_none() => avoid.candidates(&snapshot, CANDIDATES),
                     _ => {
                         let found = snapshot.candidates(self.pinned.as_ref(), CANDIDATES);
-                        found.cloned().collect()
+                        found.collect()
                     }
                 };
                 self.candidates
-                    .extend(found.into_iter().map(|ready| Candidate {
-                        service: ready.service.clone(),
-                        ready,
-                    }));
+                    .extend(found.into_iter().map(Candidate::new));
                 if self.candidates.is_empty() {
                     let shared = &self.inner.shared;
                     match shared.unpicked(&snapshot, self.pinned.as_ref(), self.patient) {
@@ -160,30 +158,16 @@ where
             while let Some(candidate) = self.candidates.get_mut(n) {
                 match candidate.service.poll_ready(cx) {
                     Poll::Ready(Ok(())) => {
-                        let shared = &self.inner.shared;
-                        let places = match shared.limits.admit(&shared.role, &candidate.ready) {
-                            Ok(places) => places,
+                        let limits = &self.inner.shared.limits;
+                        let places = match limits.admit(&candidate.ready, std::iter::empty) {
+                            Ok((_, places)) => places,
                             Err(is_full) => {
-                                full = Some(is_full);
-                                self.candidates.swap_remove(n);
+                                full = Some((is_full, self.candidates.remove(n).ready));
                                 continue;
                             }
                         };
-                        let Some(mut request) = self.request.take() else {
-                            return Poll::Ready(Err(polled_again()));
-                        };
-                        let waited = self.began.elapsed();
-                        if waited >= TOLD {
-                            P::waited(&mut request, waited)?;
-                        }
-                        let call = Call {
-                            guard: candidate.ready.acquire(),
-                            _places: places,
-                        };
-                        if let Some(avoid) = &self.avoid {
-                            avoid.add(call.peer());
-                        }
-                        return Poll::Ready(Ok((candidate.service.call(request), call)));
+                        let candidate = self.candidates.swap_remove(n);
+                        return Poll::Ready(self.hand_over::<P>(candidate, places));
                     }
                     Poll::Ready(Err(_)) => {
                         candidate.ready.mark_down("it takes no new calls");
@@ -192,9 +176,22 @@ where
                     Poll::Pending => n += 1,
                 }
             }
-            if let Some(full) = full.filter(|_| self.candidates.is_empty()) {
-                ready!(in_turn(cx));
-                return Poll::Ready(Err(self.inner.shared.limits.refuse(full)));
+            if let Some((is_full, whose)) = full {
+                // One that was not among the few may have room.
+                match self.elsewhere(cx, is_full) {
+                    Ok(Some((candidate, places))) => {
+                        return Poll::Ready(self.hand_over::<P>(candidate, places));
+                    }
+                    Err(is_full) if is_full == Full::Role || self.candidates.is_empty() => {
+                        ready!(in_turn(cx));
+                        let shared = &self.inner.shared;
+                        let pinned = self.pinned.as_ref().map(|_| whose.load.of());
+                        let error = shared.limits.refuse(is_full, &shared.role, pinned);
+                        return Poll::Ready(Err(error));
+                    }
+                    // Those that are left are waited for.
+                    Ok(None) | Err(_) => {}
+                }
             }
             if found > 0 && self.candidates.is_empty() {
                 // They went down, and are passed by at the next look.
@@ -218,6 +215,79 @@ where
             ready!(self.changed.as_mut().poll(cx));
             self.changed = self.inner.shared.next_change();
             self.candidates.clear();
+        }
+    }
+
+    /// Another that has room, where those that were looked at are full. It is here, or among the candidates if it is not
+    /// ready yet.
+    fn elsewhere(
+        &mut self,
+        cx: &mut Context<'_>,
+        full: Full,
+    ) -> Result<Option<(Candidate<S>, Places)>, Full> {
+        if full == Full::Role {
+            return Err(full);
+        }
+        let shared = &self.inner.shared;
+        let snapshot = shared.snapshot.load();
+        let waited_for = |ready: &Arc<Ready<S>>| {
+            let mut waited_for = self.candidates.iter();
+            waited_for.any(|candidate| Arc::ptr_eq(&candidate.ready, ready))
+        };
+        let others = snapshot.others(self.pinned.as_ref(), self.avoid.as_ref());
+        for other in others.filter(|other| !waited_for(other)) {
+            let places = match shared.limits.admit(other, std::iter::empty) {
+                Ok((_, places)) => places,
+                Err(Full::Role) => return Err(Full::Role),
+                Err(Full::Peer) => continue,
+            };
+            let mut candidate = Candidate::new(other);
+            match candidate.service.poll_ready(cx) {
+                Poll::Ready(Ok(())) => return Ok(Some((candidate, places))),
+                Poll::Ready(Err(_)) => other.mark_down("it takes no new calls"),
+                Poll::Pending => {
+                    self.candidates.push(candidate);
+                    return Ok(None);
+                }
+            }
+        }
+        Err(full)
+    }
+
+    /// An endpoint has the call.
+    fn hand_over<P>(
+        &mut self,
+        candidate: Candidate<S>,
+        places: Places,
+    ) -> Result<(S::Future, Call), Error>
+    where
+        P: Protocol<Req, S::Response>,
+    {
+        let Candidate { mut service, ready } = candidate;
+        let mut request = self.request.take().ok_or_else(polled_again)?;
+        let waited = self.began.elapsed();
+        if waited >= TOLD {
+            let role = &self.inner.shared.role;
+            P::waited(&mut request, waited).map_err(|error| error.with_role(role))?;
+        }
+        let call = Call {
+            guard: ready.acquire(),
+            _places: places,
+        };
+        if let Some(avoid) = &self.avoid {
+            avoid.add(call.peer());
+        }
+        Ok((service.call(request), call))
+    }
+}
+
+// === impl Candidate ===
+
+impl<S: Clone> Candidate<S> {
+    fn new(ready: &Arc<Ready<S>>) -> Self {
+        Self {
+            service: ready.service.clone(),
+            ready: ready.clone(),
         }
     }
 }

@@ -142,6 +142,7 @@ impl Connection {
                 return Poll::Ready(Err(self.core.classify(error).with_sent(Sent::Unsent)));
             }
             if self.core.has_slot() {
+                // If it was woken, this wakes the next: there may be room for more than one.
                 self.slot = None;
                 return Poll::Ready(Ok(()));
             }

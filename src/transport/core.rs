@@ -5,7 +5,7 @@ use std::{
     fmt,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -21,7 +21,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Connector, identity::Identity, resets::Resets};
+use super::{Connector, identity::Identity, resets::Resets, slots::Slots};
 use crate::{
     endpoint::{BoxFuture, Lifeline},
     error::{Error, Kind, Sent},
@@ -37,10 +37,8 @@ pub(super) struct Core {
     pub(super) identity: Identity,
     /// Where pumps of streaming requests run: a call may be made outside of any runtime.
     pub(super) runtime: runtime::Handle,
-    /// Calls that have a stream, and how many the peer allows; a new reading replaces the latter when it
-    /// is reached.
-    streams: Padded<AtomicUsize>,
-    max_streams: AtomicUsize,
+    // The limit is beside the count: whoever reads it has just read or written that.
+    slots: Padded<Slots>,
     slot_free: Arc<Notify>,
     resets: Resets,
     /// When something was last read, in nanoseconds after `born`.
@@ -75,8 +73,7 @@ impl Core {
             max_header_list_size: config.max_header_list_size,
             identity: Identity::new(identity),
             runtime: runtime::Handle::current(),
-            streams: Padded(AtomicUsize::new(0)),
-            max_streams: AtomicUsize::new(usize::MAX),
+            slots: Padded(Slots::new()),
             slot_free: Arc::new(Notify::new()),
             resets: Resets::new(),
             last_read: AtomicU64::new(0),
@@ -95,25 +92,21 @@ impl Core {
 
     /// Takes a stream. It may be one too many when several do at once: h2 then queues it.
     pub(super) fn take_slot(self: &Arc<Self>) -> Slot {
-        self.streams.fetch_add(1, Ordering::Relaxed);
+        self.slots.take();
         Slot { core: self.clone() }
     }
 
     pub(super) fn streams(&self) -> usize {
-        self.streams.load(Ordering::Relaxed)
+        self.slots.taken()
     }
 
-    // All SeqCst, as in `Slot::drop`: a waiter notes the limit, registers and then counts; a slot that is
-    // given back counts and then reads the limit. In one total order one of the two sees the other, so a
-    // waiter that saw a full house is woken by the slot that ends it.
     pub(super) fn has_slot(&self) -> bool {
-        self.streams.load(Ordering::SeqCst) < self.max_streams.load(Ordering::SeqCst)
+        self.slots.has_room()
     }
 
     /// The peer allows so many streams, as of now.
-    pub(super) fn allow(&self, max: usize) {
-        if max > self.max_streams.swap(max, Ordering::SeqCst) {
-            // There is room that no slot was given back for.
+    pub(super) fn allow(&self, most: usize) {
+        if self.slots.allow(most) {
             self.slot_free.notify_waiters();
         }
     }
@@ -254,9 +247,7 @@ impl fmt::Debug for Core {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        let before = self.core.streams.fetch_sub(1, Ordering::SeqCst);
-        // Only a full house can have anybody waiting.
-        if before >= self.core.max_streams.load(Ordering::SeqCst) {
+        if self.core.slots.give_back() {
             self.core.slot_free.notify_one();
         }
     }

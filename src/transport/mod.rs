@@ -19,6 +19,7 @@ mod pings;
 mod pump;
 mod request;
 mod resets;
+mod slots;
 mod socket;
 #[cfg(feature = "tls")]
 mod tls;
