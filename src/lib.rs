@@ -64,6 +64,13 @@
 //! [`events`](mod@events) are one stream for the process, in `tracing` too, and [`status`](ConnectionManager::status) is
 //! a table or JSON. Whoever reads slowly holds up nobody.
 //!
+//! # How calls end
+//!
+//! A call that was certainly not processed is made again by itself, on another instance or connection; any other by a
+//! [`RetryPolicy`] or [`HedgingPolicy`] only, which a role's [`ServiceConfig`] has for each method: gRPC's own JSON, replaced
+//! while calls are made ([`ConnectionManager::configure`]). A deadline covers all attempts and the response's body. A
+//! [`CancelToken`] ends one call or many, [`Channel::stop`] those of a channel. See [`retry`].
+//!
 //! # A whole server
 //!
 //! [`Component`] is the one way in which every server starts, says how it is, and stops: dependencies declared, its
@@ -72,15 +79,14 @@
 //!
 //! # Parts to take alone
 //!
-//! [`Pool`] balances any tower `Service + Clone` from any tower `Discover`; [`DeadlineLayer`] wraps any
-//! service over `http` types; [`GateLayer`] wraps any service at all, and its [`Gate`] is flipped from
+//! [`RetryLayer`], [`DeadlineLayer`] and [`CancelLayer`] wrap any service that speaks gRPC; [`Pool`] balances any tower `Service + Clone` from any tower `Discover`; [`GateLayer`] wraps any service at all, and its [`Gate`] is flipped from
 //! outside, to fail calls at once while it is shut; a [`Connect`](endpoint::Connect) of one's own takes the place
 //! of the [`transport`]. Without default features there is no HTTP/2 and no registry in the build.
 //!
 //! # What it is not
 //!
 //! Not a server framework, a mesh or a proxy: it lives in the client, and beside a server to register it. It does
-//! not retry yet. It needs tokio.
+//! not balance by weight. It needs tokio.
 
 #![cfg_attr(
     not(test),

@@ -354,8 +354,8 @@ impl<'a> At<'a> {
     fn code(&self) -> Result<Code, Error> {
         let number = match self.value {
             Value::String(name) => {
-                let is = |known: &&str| known.eq_ignore_ascii_case(name);
-                CODES.iter().position(|known| is(&known)).map(|n| n + 1)
+                let is = |known: &str| known.eq_ignore_ascii_case(name);
+                CODES.iter().position(|known| is(known)).map(|n| n + 1)
             }
             value => value.as_u64().and_then(|n| usize::try_from(n).ok()),
         };

@@ -70,7 +70,7 @@ pub struct Deadline<S> {
     inner: S,
     timeout: Duration,
     // A handle on the clock for each clone, so that its count is not one that all threads write.
-    clock: Arc<Arc<Clock>>,
+    clock: Arc<Mine>,
 }
 
 pin_project! {
@@ -99,11 +99,15 @@ struct Clock {
     timers: OnceLock<Timers>,
 }
 
+/// One clone's handle on it.
+#[derive(Debug)]
+struct Mine(Arc<Clock>);
+
 /// The time that one call has.
 #[derive(Debug)]
 struct Time {
     timeout: Duration,
-    timed: Timed<Arc<Arc<Clock>>>,
+    timed: Timed<Arc<Mine>>,
 }
 
 // === impl DeadlineLayer ===
@@ -125,7 +129,7 @@ impl<S> Layer<S> for DeadlineLayer {
         Deadline {
             inner,
             timeout: self.timeout,
-            clock: Arc::new(self.clock.clone()),
+            clock: Arc::new(Mine(self.clock.clone())),
         }
     }
 }
@@ -154,7 +158,7 @@ impl<S: Clone> Clone for Deadline<S> {
         Self {
             inner: self.inner.clone(),
             timeout: self.timeout,
-            clock: Arc::new(Arc::clone(&self.clock)),
+            clock: Arc::new(Mine(self.clock.0.clone())),
         }
     }
 }
@@ -200,9 +204,9 @@ where
 
 // === impl Clock ===
 
-impl Holder for Arc<Arc<Clock>> {
+impl Holder for Arc<Mine> {
     fn table(&self) -> Option<&Table> {
-        self.timers.get().map(Timers::table)
+        self.0.timers.get().map(Timers::table)
     }
 
     fn is_cancelled(&self) -> bool {
@@ -210,7 +214,7 @@ impl Holder for Arc<Arc<Clock>> {
     }
 
     fn timers(&self) -> Option<&Timers> {
-        self.timers.get()
+        self.0.timers.get()
     }
 
     /// The first runtime where this is asked is the one.
@@ -218,7 +222,7 @@ impl Holder for Arc<Arc<Clock>> {
         let here = runtime::Handle::try_current().map_err(|error| {
             Error::invalid("deadline", "waited for outside a tokio runtime").with_source(error)
         })?;
-        let timers = self.timers.get_or_init(|| Timers::new(here.clone()));
+        let timers = self.0.timers.get_or_init(|| Timers::new(here.clone()));
         Ok(timers.runtime().id() == here.id() && !timers.is_dead())
     }
 }

@@ -72,13 +72,14 @@ use self::{
 };
 #[cfg(feature = "manager")]
 pub(crate) use self::{interest::Held, service::WeakPool};
+#[cfg(feature = "manager")]
+use crate::waiters::Timers;
 use crate::{
     Backoff,
     discover::{FromTower, Update},
     endpoint::{BoxError, Connect, Provided, Target, UseProvided},
     error::{Error, Kind},
     events::Bus,
-    waiters::Timers,
 };
 
 /// What a pool of a manager has that others do without.
@@ -178,11 +179,14 @@ where
         let driver = Driver::new(shared.clone(), setup, connect);
         let (end, ends) = watch::channel(None);
         let (ending, ended) = watch::channel(());
+        #[cfg(feature = "manager")]
         let timers = Arc::new(Timers::new(runtime.clone()));
+        #[cfg(feature = "manager")]
         let closing = timers.clone();
         let task = runtime.spawn(async move {
             let _ending = ending;
             driver.run(updates, ends).await;
+            #[cfg(feature = "manager")]
             closing.close();
         });
         Ok(Self::from_inner(Inner {
@@ -193,6 +197,7 @@ where
                 ended,
                 task: task.abort_handle(),
             },
+            #[cfg(feature = "manager")]
             timers,
         }))
     }

@@ -32,10 +32,9 @@ use super::{
     snapshot::Snapshot,
     wait::{Slow, Waiting, in_turn, polled_again},
 };
-use crate::{
-    error::{BoxError, Error},
-    waiters::Timers,
-};
+use crate::error::{BoxError, Error};
+#[cfg(feature = "manager")]
+use crate::waiters::Timers;
 
 /// The balanced set of a role's endpoints, as a tower service.
 ///
@@ -75,6 +74,7 @@ pub(super) struct Inner<S> {
     pub(super) shared: Arc<Shared<S>>,
     pub(super) driver: super::Handle,
     /// What times and cancels its calls.
+    #[cfg(feature = "manager")]
     pub(super) timers: Arc<Timers>,
 }
 

@@ -161,6 +161,7 @@ impl<W, S: Service<Request<O>>, O> Calls<W, S, O> {
         }
     }
 
+    #[cfg(feature = "manager")]
     /// Adds what is known here to an error from outside, such as a deadline.
     pub(crate) fn explain(
         &self,
@@ -532,10 +533,8 @@ impl<W: Owner> Call<W> {
         response: Response<R>,
         codes: impl FnOnce(&Self) -> Codes,
     ) -> Response<response::Body<R>> {
-        let mut counting = match self.throttle() {
-            Some(throttle) => Some(response::Counting::new(throttle, codes(self))),
-            None => None,
-        };
+        let throttle = self.throttle();
+        let mut counting = throttle.map(|throttle| response::Counting::new(throttle, codes(self)));
         // One that has nothing but trailers.
         if let Some(code) = counting.as_ref().and_then(|_| code_of(response.headers()))
             && let Some(counting) = counting.take()

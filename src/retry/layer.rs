@@ -318,6 +318,7 @@ impl Target {
         }
     }
 
+    #[cfg(feature = "manager")]
     pub(crate) const fn config(&self) -> &SharedConfig {
         &self.config
     }

@@ -25,9 +25,9 @@ pub use self::{
     policy::{HedgingPolicy, RetryPolicy, Throttling},
     response::Body as ResponseBody,
 };
+#[cfg(feature = "manager")]
 pub(crate) use self::{
     call::Calls,
-    kept::is_bare,
     layer::{Owner, Spare, Target},
-    throttle::Throttle,
 };
+pub(crate) use self::{kept::is_bare, throttle::Throttle};

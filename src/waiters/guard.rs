@@ -71,6 +71,7 @@ impl<F, W> Head<F, W> {
     }
 
     /// The call, until it is over.
+    #[cfg(feature = "manager")]
     pub(crate) const fn inner(&self) -> Option<&F> {
         self.inner.as_ref()
     }

@@ -40,10 +40,12 @@ impl<H: Holder> Timed<H> {
         }
     }
 
+    #[cfg(feature = "manager")]
     pub(crate) const fn holder(&self) -> &H {
         self.waiter.holder()
     }
 
+    #[cfg(feature = "manager")]
     #[inline]
     pub(crate) fn is_cancelled(&self) -> bool {
         self.waiter.is_cancelled()
