@@ -118,12 +118,13 @@ struct Tokens {
 // === impl CancelToken ===
 
 impl CancelToken {
-    /// For many calls, from many threads: a few KiB.
+    /// For many calls, from many threads: it has a shard of slots, two cache lines, for each of twice as many threads as there are
+    /// cores, and at most 64.
     pub fn new() -> Self {
         Self::with(Table::new())
     }
 
-    /// The same for one call, or a few: a tenth of a KiB. It works for any number, more slowly.
+    /// The same with one shard, for one call or a few. It works for any number; their threads then wait for each other.
     pub fn for_call() -> Self {
         Self::with(Table::small())
     }

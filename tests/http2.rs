@@ -117,6 +117,23 @@ async fn a_refused_stream_was_not_processed_is_repeated_once_and_hurts_no_other(
     );
 }
 
+// Another transport's word for it is understood too.
+#[tokio::test]
+async fn a_refused_stream_is_repeated_through_tonics_own_channel() {
+    let (address, connections) = fake(|stream, respond| match stream {
+        0 => respond.send_reset(Reason::REFUSED_STREAM),
+        _ => answer(respond),
+    })
+    .await;
+    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}"));
+    let service = tower::ServiceBuilder::new()
+        .layer(switchboard::RetryLayer::transparent())
+        .service(endpoint.unwrap().connect_lazy());
+    let result = EchoClient::new(service).unary(EchoRequest::default()).await;
+    result.unwrap();
+    assert_eq!(connections.load(SeqCst), 1, "it goes out once more");
+}
+
 // A server that says so after it has answered has it wrong, and is not to be believed: a repetition could be
 // the second execution.
 #[tokio::test]

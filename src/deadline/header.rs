@@ -57,7 +57,7 @@ pub(crate) fn header_of(timeout: Duration) -> HeaderValue {
         .map(|(size, unit)| (nanos.div_ceil(*size), *unit))
         .find(|(number, _)| *number <= MOST)
         .unwrap_or((MOST, b'H'));
-    // By hand: this is on the path of every call that has a bound, and `format!` costs as much as all the rest.
+    // By hand: this is on the path of every call that has a bound, and `format!` would allocate.
     let mut text = [0; 9];
     let mut rest = text.len();
     for (place, digit) in text.iter_mut().enumerate().rev() {

@@ -134,7 +134,7 @@ impl PoolConfig {
     /// number. 1 to 1,000,000.
     ///
     /// This is gRPC's circuit breaking ([A32](https://github.com/grpc/proposal/blob/master/A32-xds-circuit-breaking.md)). All
-    /// threads write one count for it, which two of them pay with about 50 ns a call.
+    /// threads write one count for it, and wait for each other's writes.
     ///
     /// # Errors
     ///

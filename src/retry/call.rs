@@ -3,11 +3,9 @@
 use std::{
     fmt,
     future::Future,
-    mem,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
-    time::Duration,
 };
 
 use bytes::Bytes;
@@ -17,28 +15,22 @@ use tokio::time::Sleep;
 use tower_service::Service;
 
 use super::{
-    Body, Codes, HedgingPolicy, RetryPolicy, Throttle,
+    Body,
+    again::{Attempted, Attempts, Call, polled_again, repeat_of},
     body::Source,
-    decide::{Failure, Nature, Progress, Verdict, code_of},
+    decide::{Failure, Nature, Verdict},
     hedge::Hedge,
-    kept::{Kept, is_bare},
-    layer::{Owner, Shared, Spare},
-    response,
+    kept::Kept,
+    layer::{Shared, Spare},
 };
 use crate::{
-    CancelToken, InstanceId,
+    CancelToken,
     cancel::cancelled_error,
     config::Repeat,
-    error::{BoxError, Error, Kind, Peer, Sent},
-    pool::{Avoid, in_turn},
-    waiters::{NEVER, Waiter, now},
+    error::{BoxError, Error},
+    pool::in_turn,
+    waiters::Waiter,
 };
-
-/// How long a call that has no deadline is repeated because it never got out.
-const LOST: Duration = Duration::from_secs(30);
-
-/// The longest pause that a server may ask for where there is no deadline.
-const LONGEST_PAUSE: Duration = Duration::from_secs(120);
 
 pin_project! {
     /// The response of a [`Retry`](super::Retry).
@@ -94,35 +86,6 @@ pin_project! {
     }
 }
 
-/// What another attempt needs.
-pub(super) struct Call<W> {
-    pub(super) kept: Kept,
-    pub(super) progress: Progress,
-    avoid: Option<Avoid>,
-    /// Since when it does not get out.
-    lost: Option<u64>,
-    /// How far any attempt got: what the call's error says.
-    sent: Sent,
-    /// Why it was made again, uncounted. If nobody can take it then, that is what the caller is told.
-    before: Option<Error>,
-    pub(super) owner: Arc<W>,
-}
-
-/// Request extension: somebody outside makes this call again by a policy.
-#[derive(Clone, Copy, Debug)]
-struct Owned;
-
-/// A failed attempt, as its service told it.
-pub(super) struct Attempted<T> {
-    pub(super) failure: Failure,
-    pub(super) sent: Sent,
-    pub(super) peer: Option<Peer>,
-    pub(super) result: Result<Response<T>, Error>,
-}
-
-/// What the attempts of a call come to.
-pub(super) type Attempts<R> = Result<Response<response::Body<R>>, Error>;
-
 // === impl ResponseFuture ===
 
 impl<S: Service<Request<O>>, O> ResponseFuture<S, O> {
@@ -161,8 +124,8 @@ impl<W, S: Service<Request<O>>, O> Calls<W, S, O> {
         }
     }
 
-    #[cfg(feature = "manager")]
     /// Adds what is known here to an error from outside, such as a deadline.
+    #[cfg(feature = "manager")]
     pub(crate) fn explain(
         &self,
         error: Error,
@@ -207,68 +170,34 @@ where
             Ok(looked) => looked,
             Err(error) => return Self::failed(error),
         };
-        let repeat = repeat_of(&head.extensions, || repeat);
-        let is_whole = matches!(source, Source::Whole(_));
-        let kept = Kept::of(&head, source, at);
-        let mut call = Call {
-            kept,
-            progress: Progress::new(),
-            avoid: None,
-            lost: None,
-            sent: Sent::Unsent,
-            before: None,
-            owner: owner.clone(),
-        };
-        match repeat {
-            Repeat::Transparent => {}
-            Repeat::Retry(_) => {
-                call.kept.owned = true;
-                if owner.is_outer() {
-                    head.extensions.insert(Owned);
-                }
-            }
-            Repeat::Hedge(policy) if is_whole => {
-                call.kept.owned = true;
-                // The pool writes into it whom each attempt goes to, and passes them by.
-                head.extensions.insert(call.avoid_list().clone());
-                if owner.is_outer() {
-                    head.extensions.insert(Owned);
-                }
-                // On the service that is ready; it may be the only one that can be.
-                let attempt = first(Request::from_parts(head, O::from(body)));
-                let hedge = Box::new(Hedge::new(policy, call, attempt));
-                return Self {
-                    state: State::Hedging { hedge },
-                    call: None,
-                };
-            }
+        let (hedging, owned) = match repeat_of(&head.extensions, || repeat) {
+            Repeat::Hedge(policy) if matches!(source, Source::Whole(_)) => (Some(policy), true),
+            Repeat::Retry(_) => (None, true),
             // A stream cannot be in two places.
-            Repeat::Hedge(_) => {}
+            Repeat::Hedge(_) | Repeat::Transparent => (None, false),
+        };
+        let mut call = Call::new(Kept::of(&head, source, at), owner);
+        call.kept.owned = owned;
+        call.mark(&mut head.extensions);
+        if hedging.is_some() {
+            // The pool writes into it whom each attempt goes to, and passes them by.
+            head.extensions.insert(call.avoid_list().clone());
         }
+        // On the service that is ready; it may be the only one that can be.
         let future = first(Request::from_parts(head, O::from(body)));
-        Self {
-            state: State::Attempt { future },
-            call: Some(call),
+        match hedging {
+            None => Self {
+                state: State::Attempt { future },
+                call: Some(call),
+            },
+            Some(policy) => Self {
+                state: State::Hedging {
+                    hedge: Box::new(Hedge::new(policy, call, future)),
+                },
+                call: None,
+            },
         }
     }
-}
-
-/// How a call is made again: as it says itself, or as its method is configured; not by a policy if somebody outside does that.
-#[inline]
-fn repeat_of(extensions: &http::Extensions, configured: impl FnOnce() -> Repeat) -> Repeat {
-    if is_bare(extensions) {
-        return configured();
-    }
-    if extensions.get::<Owned>().is_some() {
-        return Repeat::Transparent;
-    }
-    if let Some(policy) = extensions.get::<RetryPolicy>() {
-        return Repeat::Retry(*policy);
-    }
-    if let Some(policy) = extensions.get::<HedgingPolicy>() {
-        return Repeat::Hedge(*policy);
-    }
-    configured()
 }
 
 impl<W, S, O, R> Future for Calls<W, S, O>
@@ -394,192 +323,4 @@ impl<W, S: Service<Request<O>>, O> fmt::Debug for Calls<W, S, O> {
             .field("made", &self.call.as_ref().map(|call| call.progress.made))
             .finish()
     }
-}
-
-// === impl Call ===
-
-impl<W: Owner> Call<W> {
-    /// Whether only one instance may have it.
-    pub(super) fn is_pinned(&self) -> bool {
-        self.owner.is_pinned() || self.kept.extension::<InstanceId>().is_some()
-    }
-
-    /// What follows on a failed attempt.
-    fn after<T>(&mut self, attempted: &Attempted<T>) -> Verdict {
-        self.sent = self.sent.max(attempted.sent);
-        let policy = self.policy();
-        let throttle = self.throttle();
-        let again = self.kept.source.is_there();
-        let verdict = self.progress.after(
-            attempted.failure,
-            again,
-            policy.as_ref(),
-            throttle.as_deref(),
-        );
-        let verdict = match verdict {
-            Verdict::Final => return Verdict::Final,
-            // The failure says more than that the time was up in a pause.
-            Verdict::Soon(delay) | Verdict::After(delay) if !self.has(delay) => {
-                return Verdict::Final;
-            }
-            Verdict::Soon(_) if self.kept.at == NEVER => {
-                let since = *self.lost.get_or_insert_with(now);
-                if now().saturating_sub(since) > LOST.as_nanos() as u64 {
-                    return Verdict::Final;
-                }
-                verdict
-            }
-            Verdict::Soon(_) => verdict,
-            Verdict::AtOnce | Verdict::After(_) => {
-                self.lost = None;
-                verdict
-            }
-        };
-        if let Some(peer) = &attempted.peer {
-            self.avoid(peer);
-        }
-        verdict
-    }
-
-    /// Whether it has the time for a pause.
-    pub(super) fn has(&self, pause: Duration) -> bool {
-        match self.kept.at {
-            NEVER => pause <= LONGEST_PAUSE,
-            at => pause < Duration::from_nanos(at.saturating_sub(now())),
-        }
-    }
-
-    /// The policy that it is made again by. Asked for when it has failed, so that a call that goes well keeps none.
-    fn policy(&self) -> Option<RetryPolicy> {
-        if !self.kept.owned {
-            return None;
-        }
-        if let Some(policy) = self.kept.extension::<RetryPolicy>() {
-            return Some(*policy);
-        }
-        match self.owner.target().repeat(self.kept.path()) {
-            Repeat::Retry(policy) => Some(policy),
-            _ => None,
-        }
-    }
-
-    pub(super) fn throttle(&self) -> Option<Arc<Throttle>> {
-        match self.kept.owned {
-            true => self.owner.target().throttle(),
-            false => None,
-        }
-    }
-
-    /// The attempts to come go to another peer, if there is one.
-    pub(super) fn avoid(&mut self, peer: &Peer) {
-        self.avoid_list().add(peer);
-    }
-
-    pub(super) fn avoid_list(&mut self) -> &Avoid {
-        let kept = &mut self.kept;
-        self.avoid.get_or_insert_with(|| {
-            // One that is there already is of somebody outside, who wants to know as well.
-            let avoid = kept.extension::<Avoid>().cloned().unwrap_or_default();
-            kept.add(avoid.clone());
-            avoid
-        })
-    }
-
-    /// What may cancel it while no attempt is under way.
-    fn cancel(&self) -> Option<Waiter<CancelToken>> {
-        let token = self.kept.extension::<CancelToken>()?;
-        Some(Waiter::new(token.clone(), NEVER))
-    }
-
-    /// The request of the next attempt.
-    pub(super) fn again(&mut self) -> Result<Request<Body>, Error> {
-        if self.kept.is_expired() {
-            return Err(Error::new(Kind::DeadlineExceeded)
-                .with_reason("its time was up before the next attempt"));
-        }
-        let mut request = self
-            .kept
-            .again(self.progress.made - 1)
-            .ok_or_else(|| Error::new(Kind::Internal).with_reason("the request is gone"))?;
-        if self.kept.owned && self.owner.is_outer() {
-            request.extensions_mut().insert(Owned);
-        }
-        Ok(request)
-    }
-
-    /// What the last attempt's failure makes the call's.
-    fn result<R>(&mut self, attempted: Attempted<R>) -> Attempts<R> {
-        match self.before.take() {
-            Some(before) if attempted.failure.nature == Nature::Unsent => {
-                Err(before.with_sent_at_least(self.sent))
-            }
-            _ => finally(attempted.result, self.sent),
-        }
-    }
-
-    pub(super) fn sent(&mut self, attempt: Sent) -> Sent {
-        self.sent = self.sent.max(attempt);
-        self.sent
-    }
-
-    /// The failures that its policy knows.
-    fn codes(&self) -> Codes {
-        self.policy().map_or_else(Codes::default, |p| p.codes())
-    }
-
-    /// The response that counts: there will be no other attempt.
-    pub(super) fn commit<R>(
-        &mut self,
-        response: Response<R>,
-        codes: impl FnOnce(&Self) -> Codes,
-    ) -> Response<response::Body<R>> {
-        let throttle = self.throttle();
-        let mut counting = throttle.map(|throttle| response::Counting::new(throttle, codes(self)));
-        // One that has nothing but trailers.
-        if let Some(code) = counting.as_ref().and_then(|_| code_of(response.headers()))
-            && let Some(counting) = counting.take()
-        {
-            counting.count(code);
-        }
-        mem::replace(&mut self.kept.source, Source::Spent).commit();
-        response.map(|body| response::Body::new(body, counting))
-    }
-}
-
-// === impl Attempted ===
-
-impl<T> Attempted<T> {
-    /// By an answer that says so.
-    pub(super) fn answered(response: Response<T>, failure: Failure) -> Self {
-        Self {
-            failure,
-            sent: Sent::Sent,
-            peer: response.extensions().get::<Peer>().cloned(),
-            result: Ok(response),
-        }
-    }
-
-    pub(super) fn failed(error: impl Into<BoxError>, pinned: bool) -> Self {
-        let error = Error::from_service(error.into());
-        Self {
-            failure: Failure::of_error(&error, pinned),
-            sent: error.sent(),
-            peer: error.peer().cloned(),
-            result: Err(error),
-        }
-    }
-}
-
-/// The failure that is the call's.
-pub(super) fn finally<R>(result: Result<Response<R>, Error>, sent: Sent) -> Attempts<R> {
-    match result {
-        Ok(response) => Ok(response.map(|body| response::Body::new(body, None))),
-        Err(error) => Err(error.with_sent_at_least(sent)),
-    }
-}
-
-pub(super) fn polled_again() -> Error {
-    Error::new(Kind::Internal)
-        .with_sent(Sent::Sent)
-        .with_reason("polled after it was ready")
 }

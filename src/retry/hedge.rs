@@ -14,7 +14,7 @@ use tower_service::Service;
 
 use super::{
     Body, HedgingPolicy,
-    call::{Attempted, Attempts, Call, finally, polled_again},
+    again::{Attempted, Attempts, Call, finally, polled_again},
     decide::{Failure, Nature, Pushback},
     layer::{Owner, Spare},
 };

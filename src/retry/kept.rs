@@ -26,7 +26,7 @@ const GRPC: &str = "application/grpc";
 
 /// A request, without what can be told again.
 ///
-/// A header map's clone costs more than all the rest. Most calls have none but gRPC's own headers, which are known.
+/// A header map is not cloned if it can be helped. Most calls have none but gRPC's own headers, which are known.
 #[derive(Debug)]
 pub(super) struct Kept {
     method: Method,

@@ -6,6 +6,7 @@
 //!
 //! The rules are gRPC's ([A6](https://github.com/grpc/proposal/blob/master/A6-client-retries.md)).
 
+mod again;
 mod body;
 mod call;
 mod codes;

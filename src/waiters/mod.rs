@@ -1,8 +1,7 @@
 //! One slot for each pending call, by which it is woken when its time is up or when it is cancelled.
 //!
 //! A call that is ready at once never comes here. One that is pending arms a slot, which is a lock that nobody else
-//! wants and a place in a slab: less than a timer and a third of a watched `CancellationToken`, and the same on
-//! many threads. One [sweeper](sweeper) for all slots of a table wakes those whose time is up. A wake is a hint: a call
+//! wants and a place in a slab: no allocation, and nothing that other threads write. One [sweeper](sweeper) for all slots of a table wakes those whose time is up. A wake is a hint: a call
 //! looks for itself whether it is cancelled, and what the clock says.
 
 mod clock;

@@ -223,7 +223,7 @@ fn of_our_own_errors_only_those_are_repeated_that_say_that_nothing_was_processed
 // As another transport would hand it on, and as somebody's request body might.
 #[cfg(feature = "transport")]
 #[test]
-fn another_transports_refusal_is_believed_and_not_one_behind_a_status() {
+fn a_refusal_that_no_peer_has_sent_is_not_believed_nor_one_behind_a_status() {
     #[derive(Debug)]
     struct Wrapped(Box<dyn std::error::Error + Send + Sync>);
     impl std::fmt::Display for Wrapped {
