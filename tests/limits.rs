@@ -306,6 +306,23 @@ async fn calls_that_wait_are_limited_too() {
 }
 
 #[tokio::test]
+async fn each_call_that_may_not_wait_is_counted_once_however_many_fail_without_a_pause() {
+    // Given nobody to call, and none that may wait for somebody
+    let scene = Scene::empty(config().wait_for_ready(true).max_waiting(0));
+    // When so many calls fail in one task that it has to let others go first
+    let pool = scene.pool.clone();
+    let calls = tokio::spawn(async move {
+        for _ in 0..1000 {
+            let error = pool.clone().oneshot(request("")).await.unwrap_err();
+            assert_eq!(error.kind(), Kind::Limit);
+        }
+    });
+    calls.await.unwrap();
+    // Then each has been refused, and told, once
+    assert_eq!(scene.pool.status().refused.waiting, 1000);
+}
+
+#[tokio::test]
 async fn a_service_that_panics_gives_its_place_back_also_to_a_call_that_waited() {
     let limits = config().max_in_flight_per_peer(Some(1)).unwrap();
     let limits = limits.max_in_flight(Some(1)).unwrap().max_waiting(1);

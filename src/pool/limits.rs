@@ -107,17 +107,21 @@ impl Limits {
         Err(Full::Peer)
     }
 
-    /// A place for a call that has to wait.
-    pub(super) fn wait(&self, role: &Arc<str>) -> Result<Place, Error> {
-        self.waiting.take().ok_or_else(|| {
-            self.count(Which::Waiting);
-            let why = match self.waiting.limit() {
-                0 => "it would have to wait, and none may".to_owned(),
-                1 => "it would have to wait, and 1 call does, as many as may".to_owned(),
-                n => format!("it would have to wait, and {n} calls do, as many as may"),
-            };
-            Error::new(Kind::Limit).with_role(role).with_reason(why)
-        })
+    /// A place for a call that has to wait. None if all are taken, and no error yet: whoever has to let others go first asks
+    /// again, and is counted when it is told.
+    pub(super) fn wait(&self) -> Option<Place> {
+        self.waiting.take()
+    }
+
+    /// The error of a call that may not wait.
+    pub(super) fn refuse_to_wait(&self, role: &Arc<str>) -> Error {
+        self.count(Which::Waiting);
+        let why = match self.waiting.limit() {
+            0 => "it would have to wait, and none may".to_owned(),
+            1 => "it would have to wait, and 1 call does, as many as may".to_owned(),
+            n => format!("it would have to wait, and {n} calls do, as many as may"),
+        };
+        Error::new(Kind::Limit).with_role(role).with_reason(why)
     }
 
     /// The error of a call that is not let in; `pinned` is the only peer that it may go to.
