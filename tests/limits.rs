@@ -12,10 +12,10 @@ use std::{
 use switchboard::{
     Avoid, Error, InstanceId, Kind, Sent, WaitForReady,
     discover::{Change, Update},
-    endpoint::{BoxError, BoxFuture, Connected, Peer, Target},
+    endpoint::{BoxError, BoxFuture, Connected, Lifeline, Peer, Target},
     pool::{Pool, PoolConfig},
 };
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tower::{Service, ServiceExt as _};
 
@@ -41,17 +41,21 @@ struct Gated {
     asked: bool,
 }
 
+#[derive(Debug)]
 struct Common {
     gate: Semaphore,
     lazy: AtomicBool,
     stuck: AtomicBool,
     broken: AtomicBool,
+    /// Told, one connection is lost; its calls go on.
+    lost: Notify,
+    dialled: AtomicUsize,
     /// At all peers together, and the most that were at one.
     all: Count,
     most: AtomicUsize,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Count {
     now: AtomicUsize,
     most: AtomicUsize,
@@ -63,6 +67,21 @@ impl Count {
         self.most.fetch_max(now, SeqCst);
         now
     }
+}
+
+/// A connection, as far as its endpoint is concerned.
+#[derive(Debug)]
+struct Line(Arc<Common>);
+
+impl Lifeline for Line {
+    fn closed(&self) -> BoxFuture<'_, Error> {
+        Box::pin(async {
+            self.0.lost.notified().await;
+            Error::from(Kind::ConnectionLost)
+        })
+    }
+
+    fn close(&self, _: Error) {}
 }
 
 struct Here(Arc<Count>, Arc<Common>);
@@ -137,6 +156,8 @@ impl Scene {
             lazy: AtomicBool::new(false),
             stuck: AtomicBool::new(false),
             broken: AtomicBool::new(false),
+            lost: Notify::new(),
+            dialled: AtomicUsize::new(0),
             all: Count::default(),
             most: AtomicUsize::new(0),
         });
@@ -148,7 +169,9 @@ impl Scene {
                 common: template.clone(),
                 asked: false,
             };
-            Box::pin(async move { Ok(Connected::new(service)) })
+            template.dialled.fetch_add(1, SeqCst);
+            let line = Arc::new(Line(template.clone()));
+            Box::pin(async move { Ok(Connected::new(service).with_lifeline(line)) })
                 as BoxFuture<'static, Result<Connected<Gated>, BoxError>>
         };
         let changes = UnboundedReceiverStream::new(changes);
@@ -521,6 +544,29 @@ async fn a_place_is_a_calls_until_its_response_is_dropped_also_of_many_at_once()
     }
     let error = scene.pool.clone().oneshot(pinned("b")).await.unwrap_err();
     assert!(error.to_string().contains("in all"), "{error}");
+}
+
+#[tokio::test]
+async fn calls_of_a_lost_connection_count_at_their_peer_until_they_end() {
+    // Given a peer that is full, with a call that outlives its connection
+    let limits = config().max_in_flight_per_peer(Some(1)).unwrap();
+    let scene = Scene::of(&["a"], limits).await;
+    scene.common.gate.add_permits(100);
+    let response = scene.pool.clone().oneshot(request("")).await.unwrap();
+    // When it is connected anew
+    scene.common.lost.notify_one();
+    let connected_anew = async {
+        while scene.common.dialled.load(SeqCst) < 2 || scene.pool.status().ready() < 1 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let in_time = tokio::time::timeout(Duration::from_secs(10), connected_anew);
+    in_time.await.expect("it is dialled again at once");
+    // Then it is still full
+    let error = scene.pool.clone().oneshot(request("")).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Limit, "{error}");
+    drop(response);
+    scene.pool.clone().oneshot(request("")).await.unwrap();
 }
 
 #[tokio::test]
