@@ -12,10 +12,10 @@ use std::{
 use switchboard::{
     Avoid, Error, InstanceId, Kind, Sent, WaitForReady,
     discover::{Change, Update},
-    endpoint::{BoxError, BoxFuture, Connected, Peer, Target},
+    endpoint::{BoxError, BoxFuture, Connected, Lifeline, Peer, Target},
     pool::{Pool, PoolConfig},
 };
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tower::{Service, ServiceExt as _};
 
@@ -33,7 +33,7 @@ impl Target for Node {
 
 /// Answers with its name, and with the request's timeout, when the gate has a permit for it; counts those that are here.
 /// Panics for a request that says so. While it is lazy, no clone is ready when it is first asked: all calls wait. While it is
-/// stuck, "a" is never ready.
+/// stuck, "a" is never ready. While it is broken, it panics instead of being ready.
 struct Gated {
     id: Arc<str>,
     here: Arc<Count>,
@@ -41,16 +41,21 @@ struct Gated {
     asked: bool,
 }
 
+#[derive(Debug)]
 struct Common {
     gate: Semaphore,
     lazy: AtomicBool,
     stuck: AtomicBool,
+    broken: AtomicBool,
+    /// Told, one connection is lost; its calls go on.
+    lost: Notify,
+    dialled: AtomicUsize,
     /// At all peers together, and the most that were at one.
     all: Count,
     most: AtomicUsize,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Count {
     now: AtomicUsize,
     most: AtomicUsize,
@@ -62,6 +67,21 @@ impl Count {
         self.most.fetch_max(now, SeqCst);
         now
     }
+}
+
+/// A connection, as far as its endpoint is concerned.
+#[derive(Debug)]
+struct Line(Arc<Common>);
+
+impl Lifeline for Line {
+    fn closed(&self) -> BoxFuture<'_, Error> {
+        Box::pin(async {
+            self.0.lost.notified().await;
+            Error::from(Kind::ConnectionLost)
+        })
+    }
+
+    fn close(&self, _: Error) {}
 }
 
 struct Here(Arc<Count>, Arc<Common>);
@@ -97,6 +117,7 @@ impl Service<Request> for Gated {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
+        assert!(!self.common.broken.load(SeqCst), "as asked");
         Poll::Ready(Ok(()))
     }
 
@@ -134,6 +155,9 @@ impl Scene {
             gate: Semaphore::new(0),
             lazy: AtomicBool::new(false),
             stuck: AtomicBool::new(false),
+            broken: AtomicBool::new(false),
+            lost: Notify::new(),
+            dialled: AtomicUsize::new(0),
             all: Count::default(),
             most: AtomicUsize::new(0),
         });
@@ -145,7 +169,9 @@ impl Scene {
                 common: template.clone(),
                 asked: false,
             };
-            Box::pin(async move { Ok(Connected::new(service)) })
+            template.dialled.fetch_add(1, SeqCst);
+            let line = Arc::new(Line(template.clone()));
+            Box::pin(async move { Ok(Connected::new(service).with_lifeline(line)) })
                 as BoxFuture<'static, Result<Connected<Gated>, BoxError>>
         };
         let changes = UnboundedReceiverStream::new(changes);
@@ -306,6 +332,23 @@ async fn calls_that_wait_are_limited_too() {
 }
 
 #[tokio::test]
+async fn each_call_that_may_not_wait_is_counted_once_however_many_fail_without_a_pause() {
+    // Given nobody to call, and none that may wait for somebody
+    let scene = Scene::empty(config().wait_for_ready(true).max_waiting(0));
+    // When so many calls fail in one task that it has to let others go first
+    let pool = scene.pool.clone();
+    let calls = tokio::spawn(async move {
+        for _ in 0..1000 {
+            let error = pool.clone().oneshot(request("")).await.unwrap_err();
+            assert_eq!(error.kind(), Kind::Limit);
+        }
+    });
+    calls.await.unwrap();
+    // Then each has been refused, and told, once
+    assert_eq!(scene.pool.status().refused.waiting, 1000);
+}
+
+#[tokio::test]
 async fn a_service_that_panics_gives_its_place_back_also_to_a_call_that_waited() {
     let limits = config().max_in_flight_per_peer(Some(1)).unwrap();
     let limits = limits.max_in_flight(Some(1)).unwrap().max_waiting(1);
@@ -318,7 +361,16 @@ async fn a_service_that_panics_gives_its_place_back_also_to_a_call_that_waited()
             assert!(call.await.unwrap_err().is_panic());
             scene.pool.clone().oneshot(request("")).await.unwrap();
         }
+        // Also when it is only asked whether it is ready
+        for _ in 0..3 {
+            scene.common.broken.store(true, SeqCst);
+            let call = tokio::spawn(scene.pool.clone().oneshot(request("")));
+            assert!(call.await.unwrap_err().is_panic());
+            scene.common.broken.store(false, SeqCst);
+            scene.pool.clone().oneshot(request("")).await.unwrap();
+        }
     }
+    assert_eq!(scene.pool.status().refused.total(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -387,6 +439,134 @@ async fn there_are_never_more_than_may_be_and_all_places_come_back() {
             Kind::Limit
         );
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn there_never_wait_more_than_may_and_all_their_places_come_back() {
+    // Given room for three to wait, and nobody to call
+    let scene = Scene::empty(config().wait_for_ready(true).max_waiting(3));
+    let (waiting, refused) = (Arc::new(Count::default()), Arc::new(AtomicUsize::new(0)));
+    // When eight callers begin to wait and give up again
+    let callers: Vec<_> = (0..8)
+        .map(|_| {
+            let (pool, waiting) = (scene.pool.clone(), waiting.clone());
+            let refused = refused.clone();
+            tokio::spawn(async move {
+                for _ in 0..400 {
+                    let mut call = Box::pin(pool.clone().oneshot(request("")));
+                    tokio::select! {
+                        biased;
+                        result = &mut call => {
+                            assert_eq!(result.unwrap_err().kind(), Kind::Limit);
+                            refused.fetch_add(1, SeqCst);
+                        }
+                        () = std::future::ready(()) => {
+                            waiting.up();
+                            tokio::task::yield_now().await;
+                            waiting.now.fetch_sub(1, SeqCst);
+                        }
+                    }
+                    drop(call);
+                    tokio::task::yield_now().await;
+                }
+            })
+        })
+        .collect();
+    for caller in callers {
+        caller.await.unwrap();
+    }
+    // Then no more than three did at once
+    let (most, refused) = (waiting.most.load(SeqCst), refused.load(SeqCst));
+    assert!((1..=3).contains(&most), "{most} waited");
+    // Each refusal was counted
+    let counted = scene.pool.status().refused.waiting;
+    assert_eq!(counted, refused as u64);
+    // And there is room for three again
+    let mut calls = Vec::new();
+    for _ in 0..3 {
+        calls.push(scene.begin(request("")).await.unwrap());
+    }
+    let error = scene.begin(request("")).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Limit);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_place_is_a_calls_until_its_response_is_dropped_also_of_many_at_once() {
+    // Given room for two calls at a peer and three in all, and peers that answer at once
+    let limits = config().max_in_flight_per_peer(Some(2)).unwrap();
+    let scene = Scene::of(&["a", "b"], limits.max_in_flight(Some(3)).unwrap()).await;
+    scene.common.gate.add_permits(100);
+    let held = Arc::new([Count::default(), Count::default(), Count::default()]);
+    // When callers hold responses, pinned ones among them, and drop them
+    let callers: Vec<_> = (0..8)
+        .map(|caller| {
+            let (pool, held) = (scene.pool.clone(), held.clone());
+            tokio::spawn(async move {
+                for n in 0..400 {
+                    let request = match (n + caller) % 3 {
+                        0 => request(""),
+                        1 => pinned("a"),
+                        _ => pinned("b"),
+                    };
+                    if let Ok(response) = pool.clone().oneshot(request).await {
+                        let of = usize::from(response.body().get_ref() == "b");
+                        let counts = [held.get(of).unwrap(), held.get(2).unwrap()];
+                        for count in counts {
+                            count.up();
+                        }
+                        tokio::task::yield_now().await;
+                        for count in counts {
+                            count.now.fetch_sub(1, SeqCst);
+                        }
+                        drop(response);
+                    }
+                    tokio::task::yield_now().await;
+                }
+            })
+        })
+        .collect();
+    for caller in callers {
+        caller.await.unwrap();
+    }
+    // Then there were never more than may be
+    let most: Vec<_> = held.iter().map(|count| count.most.load(SeqCst)).collect();
+    let [a, b, all] = most[..] else {
+        panic!("{most:?}");
+    };
+    assert!(
+        (1..=2).contains(&a) && (1..=2).contains(&b) && (1..=3).contains(&all),
+        "{most:?}"
+    );
+    // And all places are free
+    let mut responses = Vec::new();
+    for id in ["a", "a", "b"] {
+        responses.push(scene.pool.clone().oneshot(pinned(id)).await.unwrap());
+    }
+    let error = scene.pool.clone().oneshot(pinned("b")).await.unwrap_err();
+    assert!(error.to_string().contains("in all"), "{error}");
+}
+
+#[tokio::test]
+async fn calls_of_a_lost_connection_count_at_their_peer_until_they_end() {
+    // Given a peer that is full, with a call that outlives its connection
+    let limits = config().max_in_flight_per_peer(Some(1)).unwrap();
+    let scene = Scene::of(&["a"], limits).await;
+    scene.common.gate.add_permits(100);
+    let response = scene.pool.clone().oneshot(request("")).await.unwrap();
+    // When it is connected anew
+    scene.common.lost.notify_one();
+    let connected_anew = async {
+        while scene.common.dialled.load(SeqCst) < 2 || scene.pool.status().ready() < 1 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let in_time = tokio::time::timeout(Duration::from_secs(10), connected_anew);
+    in_time.await.expect("it is dialled again at once");
+    // Then it is still full
+    let error = scene.pool.clone().oneshot(request("")).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Limit, "{error}");
+    drop(response);
+    scene.pool.clone().oneshot(request("")).await.unwrap();
 }
 
 #[tokio::test]

@@ -13,7 +13,11 @@ use crate::sync::Padded;
 /// A limit, and what is taken of it.
 ///
 /// One number, which each change takes from what it was to what it is by a compare-and-swap: so the limit is never passed, and
-/// nobody is refused for somebody who was. Relaxed: nothing is read on the strength of it.
+/// nobody is refused for somebody who was.
+///
+/// Giving a place back is `Release`, and taking one `Acquire`, as in any semaphore: what a call did in its place has been done
+/// for the one that has it next. Nothing in here is read on the strength of that, but a service that counts its calls would
+/// else see one too many where the processor reorders. A call that is refused has seen nothing: relaxed.
 pub(crate) struct Limiter {
     limit: usize,
     taken: Padded<AtomicUsize>,
@@ -41,14 +45,14 @@ impl Limiter {
         let one_more = |taken: usize| (taken < self.limit).then(|| taken + 1);
         let taken = self
             .taken
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more);
+            .fetch_update(Ordering::Acquire, Ordering::Relaxed, one_more);
         taken.ok().map(|_| Place(self.clone()))
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.taken.fetch_sub(1, Ordering::Relaxed);
+        self.0.taken.fetch_sub(1, Ordering::Release);
     }
 }
 

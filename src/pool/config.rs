@@ -1,4 +1,4 @@
-//! How a pool dials and waits.
+//! How a pool dials and waits, and how many calls it lets in.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use super::WaitForReady;
 use crate::error::Kind;
 use crate::{Backoff, backoff::check_duration, endpoint::Dialing, error::Error};
 
-/// How a pool's endpoints dial, and how long its calls wait.
+/// How a pool's endpoints dial, how long its calls wait, and how many there may be.
 ///
 /// ```
 /// use std::time::Duration;

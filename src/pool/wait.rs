@@ -199,13 +199,11 @@ where
             }
             if self.place.is_none() {
                 let shared = &self.inner.shared;
-                self.place = match shared.limits.wait(&shared.role) {
-                    Ok(place) => Some(place),
-                    Err(error) => {
-                        ready!(in_turn(cx));
-                        return Poll::Ready(Err(error));
-                    }
-                };
+                self.place = shared.limits.wait();
+                if self.place.is_none() {
+                    ready!(in_turn(cx));
+                    return Poll::Ready(Err(shared.limits.refuse_to_wait(&shared.role)));
+                }
             }
             // Waiting => (looking | failed). For the candidates, which have the waker, for the next
             // snapshot, or for the end of patience.
