@@ -3,7 +3,10 @@
 mod support;
 
 use std::{
-    sync::atomic::Ordering::SeqCst,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
     time::{Duration, Instant},
 };
 
@@ -18,12 +21,13 @@ use switchboard::{
     Backoff, CancelToken, Channel, ConnectionManager, Error, HedgingPolicy, Kind, RetryLayer,
     RetryPolicy, Sent, ServiceConfig, Session, WaitForReady,
     config::{MethodConfig, MethodName},
+    pool::PoolConfig,
     registry::Fixed,
     retry::Throttling,
 };
 use tokio::time;
 use tonic::{Code, Request, Status, metadata::MetadataValue};
-use tower::ServiceBuilder;
+use tower::{Layer as _, Service, ServiceBuilder, ServiceExt as _};
 
 fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
@@ -381,6 +385,65 @@ async fn a_failure_that_is_not_fatal_has_the_next_attempt_made_at_once_and_anoth
     server.seen.fail_with([pushing_back(&["-1"])]);
     call(&channel, nothing()).await.unwrap_err();
     assert_eq!(server.seen.started.load(SeqCst), 3 + 2 + 3 + 1);
+}
+
+/// Services that end as they are told to: the first never does.
+fn scripted(
+    later: impl Fn() -> Error + Clone + Send + 'static,
+) -> impl Service<
+    http::Request<tonic::body::Body>,
+    Response = http::Response<()>,
+    Error = Error,
+    Future: Send,
+> + Clone {
+    let calls = Arc::new(AtomicUsize::new(0));
+    tower::service_fn(move |_| {
+        let (calls, later) = (calls.clone(), later.clone());
+        async move {
+            match calls.fetch_add(1, SeqCst) {
+                0 => std::future::pending().await,
+                _ => Err::<http::Response<()>, _>(later()),
+            }
+        }
+    })
+}
+
+// Law 7: those under way may have been executed.
+#[tokio::test(start_paused = true)]
+async fn a_failure_that_ends_attempts_under_way_says_that_the_call_may_have_been_executed() {
+    let policy = HedgingPolicy::new(3, ms(10)).unwrap();
+    let fatal = || Error::new(Kind::Invalid).with_reason("as scripted");
+    let mut service = RetryLayer::new(policy).layer(scripted(fatal));
+    let request = http::Request::new(tonic::body::Body::empty());
+    let error = (&mut service).oneshot(request).await.unwrap_err();
+    assert_eq!((error.kind(), error.sent()), (Kind::Invalid, Sent::Sent));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hedge_that_nobody_can_take_leaves_the_first_attempt_alone() {
+    for kind in [Kind::Limit, Kind::NotConnected] {
+        let policy = HedgingPolicy::new(3, ms(10)).unwrap();
+        let mut service = RetryLayer::new(policy).layer(scripted(move || Error::new(kind)));
+        let request = http::Request::new(tonic::body::Body::empty());
+        let call = (&mut service).oneshot(request);
+        let ended = time::timeout(Duration::from_secs(60), call).await;
+        assert!(ended.is_err(), "{kind:?} ended it: {ended:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_hedge_over_the_roles_limit_is_not_made() {
+    let server = EchoServer::start("a");
+    let session = Session::new("echo", server.address()).with_id("a");
+    let manager = ConnectionManager::builder(Fixed::new([session]).unwrap())
+        .pools(PoolConfig::default().max_in_flight(Some(1)).unwrap())
+        .build();
+    let policy = HedgingPolicy::new(3, ms(20)).unwrap();
+    manager.configure("echo", policy).unwrap();
+    let channel = manager.channel("echo");
+    connected(&manager, 1).await;
+    call(&channel, slow(200)).await.unwrap();
+    assert_eq!(server.seen.started.load(SeqCst), 1);
 }
 
 // === deadlines ===

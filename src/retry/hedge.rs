@@ -19,7 +19,7 @@ use super::{
     layer::{Owner, Spare},
 };
 use crate::{
-    error::{BoxError, Error, Sent},
+    error::{BoxError, Error, Kind, Sent},
     pool::in_turn,
 };
 
@@ -101,7 +101,10 @@ where
             self.call = Some(call);
             return Poll::Pending;
         };
-        // The others are cancelled.
+        // The others are cancelled, and nobody will know how far they got.
+        if !self.under_way.is_empty() {
+            call.sent(Sent::Sent);
+        }
         self.under_way.clear();
         self.next = Next::No;
         self.last = None;
@@ -184,7 +187,7 @@ where
                 Next::Readying(service) => {
                     if let Err(error) = ready!(service.poll_ready(cx)) {
                         self.next = Next::No;
-                        self.last = Some(Err(Error::from_service(error.into())));
+                        self.not_made(Err(Error::from_service(error.into())));
                         return Poll::Pending;
                     }
                     self.made += 1;
@@ -215,7 +218,18 @@ where
         if let Some(peer) = &peer {
             call.avoid(peer);
         }
+        let is_alone = self.under_way.is_empty();
         match failure.nature {
+            // One that nobody could take says nothing against those that somebody has.
+            Nature::Unsent if !is_alone => {
+                self.not_made(result);
+                return Outcome::Another;
+            }
+            Nature::Final if !is_alone && is_limit(&result) => {
+                self.next = Next::No;
+                self.not_made(result);
+                return Outcome::Another;
+            }
             Nature::Final => return Outcome::Fatal(result),
             // As if it had not been made.
             Nature::Lost | Nature::Refused if self.remade < MOST_REMADE => {
@@ -246,6 +260,16 @@ where
         }
         Outcome::Another
     }
+
+    /// An attempt has failed here. What one that got out has failed with says more.
+    fn not_made(&mut self, result: Result<Response<R>, Error>) {
+        self.last.get_or_insert(result);
+    }
+}
+
+/// Whether a limit of this process has refused it.
+fn is_limit<T>(result: &Result<T, Error>) -> bool {
+    matches!(result, Err(error) if error.kind() == Kind::Limit)
 }
 
 /// After this delay, if there is the time for it, and something to wait by.
