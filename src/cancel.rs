@@ -112,7 +112,8 @@ pin_project! {
 #[derive(Debug)]
 struct Tokens {
     layer: Waiter<Arc<CancelToken>>,
-    call: Option<Waiter<CancelToken>>,
+    // Boxed, for few have one.
+    call: Option<Box<Waiter<CancelToken>>>,
 }
 
 // === impl CancelToken ===
@@ -285,7 +286,7 @@ where
                 self.inner.call(request),
                 Tokens {
                     layer: Waiter::new(self.token.clone(), NEVER),
-                    call: call.map(|token| Waiter::new(token, NEVER)),
+                    call: call.map(|token| Box::new(Waiter::new(token, NEVER))),
                 },
             ),
         };
@@ -310,7 +311,7 @@ impl Watch for Tokens {
 
     #[inline]
     fn is_over(&mut self) -> Option<Error> {
-        let call = self.call.as_ref().is_some_and(Waiter::is_cancelled);
+        let call = self.call.as_ref().is_some_and(|call| call.is_cancelled());
         (call || self.layer.is_cancelled()).then(cancelled_error)
     }
 }
@@ -331,8 +332,7 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let head = self.project().head;
-        head.poll_with(cx, |_, error| error)
-            .map_ok(|response| response.map(|rest| Body { rest }))
+        head.poll_with(cx, |_, error| error, |rest| Body { rest })
     }
 }
 

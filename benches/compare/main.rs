@@ -1,4 +1,4 @@
-//! `cargo bench --bench compare [-- pool | updates | loopback | instructions]`: every figure that the crate is judged
+//! `cargo bench --bench compare [-- pool | layers | updates | loopback | instructions]`: every figure that the crate is judged
 //! by, against what a user would pick instead, in one run of a few minutes.
 //!
 //! Shared machines stall often. So the candidates take turns, slice by slice; of several short slices in
@@ -13,6 +13,7 @@
 mod support;
 
 mod instructions;
+mod layers;
 mod loopback;
 mod pool;
 mod report;
@@ -25,6 +26,7 @@ use support::{measure, servers};
 fn main() {
     servers::run_if_asked();
     instructions::run_if_asked();
+    layers::run_if_asked();
 
     // cargo adds `--bench`; anything else is the part of a group's name.
     let filters: Vec<_> = std::env::args()
@@ -37,6 +39,7 @@ fn main() {
     println!("# {}", measure::machine());
     for (group, run) in [
         ("pool", pool::run as fn()),
+        ("layers", layers::run),
         ("updates", updates::run),
         ("loopback", loopback::run),
         ("instructions", instructions::run),

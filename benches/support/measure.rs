@@ -53,6 +53,14 @@ pub(crate) fn allocations(run: impl FnOnce()) -> u64 {
     allocation_counter::measure(run).count_total
 }
 
+/// Allocations a call, of a number of calls that `run` makes on this thread.
+pub(crate) fn allocations_a_call(run: impl Fn(u64)) -> f64 {
+    const CALLS: u64 = 10_000;
+    // What is allocated before and after the calls goes out with the first of these.
+    let [few, many] = [1, 1 + CALLS].map(|count| allocations(|| run(count)));
+    many.saturating_sub(few) as f64 / CALLS as f64
+}
+
 /// One reading of many calls.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slice {

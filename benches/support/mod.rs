@@ -5,8 +5,10 @@
 
 pub(crate) mod callers;
 pub(crate) mod cores;
+pub(crate) mod drive;
 pub(crate) mod echo;
 pub(crate) mod fleet;
+pub(crate) mod layers;
 pub(crate) mod measure;
 pub(crate) mod pools;
 pub(crate) mod raw;

@@ -3,17 +3,13 @@
 use std::{
     convert::Infallible,
     future::{Ready, ready},
-    hint::{black_box, spin_loop},
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicUsize, Ordering},
-    },
+    hint::black_box,
     task::{Context, Poll},
     time::{Duration, Instant},
 };
 
 use switchboard::{Gate, GateLayer, Kind, Pool, pool::Plain};
-use tokio::{runtime::Runtime, task::JoinSet};
+use tokio::runtime::Runtime;
 use tower::{
     Service, ServiceExt as _,
     balance::p2c::Balance,
@@ -23,7 +19,10 @@ use tower::{
     load::{CompleteOnResponse, PendingRequests},
 };
 
-use super::measure::allocations;
+use super::{
+    drive::{calls, shared},
+    measure,
+};
 
 /// Answers at once.
 #[derive(Clone, Copy, Debug)]
@@ -64,9 +63,9 @@ pub(crate) async fn pool(endpoints: usize) -> Pool<Inner, Plain> {
     let mut pool = Pool::from_discover("inner", list).expect("it is made in a runtime");
     for id in 0..endpoints {
         let mut pinned = pool.to(id);
-        calls(&mut pinned, 1).await;
+        calls::<u64, _>(&mut pinned, 1).await;
     }
-    calls(&mut pool, 1000).await;
+    calls::<u64, _>(&mut pool, 1000).await;
     pool
 }
 
@@ -94,22 +93,22 @@ impl Through {
     ) -> Duration {
         runtime.block_on(async {
             match self {
-                Self::Inner => shared(Inner, callers, count).await,
+                Self::Inner => shared::<u64, _>(Inner, callers, count).await,
                 Self::Gate => {
                     let layer = GateLayer::new(Gate::new());
-                    shared(layer.layer(Inner), callers, count).await
+                    shared::<u64, _>(layer.layer(Inner), callers, count).await
                 }
-                Self::Pool => shared(pool(endpoints).await, callers, count).await,
+                Self::Pool => shared::<u64, _>(pool(endpoints).await, callers, count).await,
                 Self::Balance => {
                     assert_eq!(callers, 1, "Balance is not shared");
                     let mut balance = balance(endpoints);
-                    calls(&mut balance, 1000).await;
-                    calls(&mut balance, count).await
+                    calls::<u64, _>(&mut balance, 1000).await;
+                    calls::<u64, _>(&mut balance, count).await
                 }
                 Self::BufferBalance => {
                     let mut buffer = Buffer::new(balance(endpoints), 1024);
-                    calls(&mut buffer, 1000).await;
-                    shared(buffer, callers, count).await
+                    calls::<u64, _>(&mut buffer, 1000).await;
+                    shared::<u64, _>(buffer, callers, count).await
                 }
             }
         })
@@ -117,15 +116,9 @@ impl Through {
 
     /// Allocations a call.
     pub(crate) fn allocations(self, runtime: &Runtime, endpoints: usize) -> f64 {
-        const CALLS: u64 = 10_000;
-        let made = |count| {
-            allocations(|| {
-                self.time(runtime, endpoints, 1, count);
-            })
-        };
-        // What is allocated before and after the calls goes out with the first of these.
-        let (few, many) = (made(1), made(1 + CALLS));
-        many.saturating_sub(few) as f64 / CALLS as f64
+        measure::allocations_a_call(|count| {
+            self.time(runtime, endpoints, 1, count);
+        })
     }
 
     /// How many calls take it some 5 ms.
@@ -146,53 +139,6 @@ impl Through {
             Self::BufferBalance => "Buffer(Balance)",
         }
     }
-}
-
-/// The time of the slowest of several tasks that each call a clone, all at the same time.
-async fn shared<S>(mut service: S, callers: usize, count: u64) -> Duration
-where
-    S: Service<u64, Future: Send, Error: std::fmt::Debug> + Clone + Send + 'static,
-{
-    if callers == 1 {
-        return calls(&mut service, count).await;
-    }
-    let waiting = Arc::new(AtomicUsize::new(callers));
-    let start = Arc::new(OnceLock::new());
-    let mut tasks = JoinSet::new();
-    for _ in 0..callers {
-        let (mut service, waiting, start) = (service.clone(), waiting.clone(), start.clone());
-        tasks.spawn(async move {
-            // Spinning: a thread that had to be woken would begin when the other is half done. One that is
-            // not running at the start has begun all the same, or two on one core would look fast.
-            // Nor does it spin for ever: the other may be waiting behind this one, on the same thread.
-            waiting.fetch_sub(1, Ordering::AcqRel);
-            let mut spins = 0u32;
-            while waiting.load(Ordering::Acquire) > 0 {
-                spin_loop();
-                spins = spins.wrapping_add(1);
-                if spins.is_multiple_of(10_000) {
-                    tokio::task::yield_now().await;
-                }
-            }
-            let began = *start.get_or_init(Instant::now);
-            calls(&mut service, count).await;
-            began.elapsed()
-        });
-    }
-    let times = tasks.join_all().await;
-    times.into_iter().max().unwrap_or_default()
-}
-
-async fn calls<S>(service: &mut S, count: u64) -> Duration
-where
-    S: Service<u64, Error: std::fmt::Debug>,
-{
-    let began = Instant::now();
-    for i in 0..count {
-        let ready = service.ready().await.expect("it is ready");
-        black_box(ready.call(i).await).expect("it answers");
-    }
-    began.elapsed()
 }
 
 /// How long a call takes to fail that has nowhere to go.

@@ -80,8 +80,9 @@ pub enum Repeat {
 pub struct SharedConfig(Arc<Shared>);
 
 struct Shared {
-    // Relaxed: a call that misses that it was replaced an instant ago is as one that was made before.
+    // Both relaxed: a call that misses that it was replaced an instant ago is as one that was made before.
     plain: AtomicBool,
+    throttled: AtomicBool,
     config: ArcSwap<ServiceConfig>,
 }
 
@@ -316,6 +317,7 @@ impl SharedConfig {
         let config = config.into();
         Self(Arc::new(Shared {
             plain: AtomicBool::new(config.is_plain()),
+            throttled: AtomicBool::new(config.throttled().is_some()),
             config: ArcSwap::from_pointee(config),
         }))
     }
@@ -327,6 +329,8 @@ impl SharedConfig {
         let plain = config.is_plain();
         // Of two that replace it at once, the flag may be the other's: it may only err on the safe side.
         self.0.plain.fetch_and(plain, Ordering::Relaxed);
+        let throttled = config.throttled().is_some();
+        self.0.throttled.fetch_or(throttled, Ordering::Relaxed);
         self.0.config.store(Arc::new(config));
     }
 
@@ -341,7 +345,13 @@ impl SharedConfig {
         self.0.plain.load(Ordering::Relaxed)
     }
 
-    /// The same for a moment: not to be held across an await.
+    /// Whether it ever said when a service is left alone.
+    #[inline]
+    pub(crate) fn is_throttled(&self) -> bool {
+        self.0.throttled.load(Ordering::Relaxed)
+    }
+
+    /// What is configured now, for a moment: not to be held across an await.
     #[inline]
     pub(crate) fn load(&self) -> Guard<Arc<ServiceConfig>> {
         self.0.config.load()

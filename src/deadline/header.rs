@@ -20,30 +20,34 @@ pub(crate) fn timeout_of(headers: &HeaderMap) -> Result<Option<Duration>, Error>
         let why = format!("{value:?} is not one to eight digits and one of H, M, S, m, u, n");
         Error::invalid("grpc-timeout", why)
     };
-    let (digits, unit) = value
-        .to_str()
-        .ok()
-        .and_then(|text| text.split_at_checked(text.len().saturating_sub(1)))
-        .ok_or_else(invalid)?;
-    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+    let Some((unit, digits)) = value.as_bytes().split_last() else {
+        return Err(invalid());
+    };
+    if digits.is_empty() || digits.len() > 8 {
         return Err(invalid());
     }
-    let number: u64 = digits.parse().map_err(|_| invalid())?;
+    let mut number = 0;
+    for digit in digits {
+        if !digit.is_ascii_digit() {
+            return Err(invalid());
+        }
+        number = number * 10 + u64::from(digit - b'0');
+    }
     Ok(Some(match unit {
-        "H" => Duration::from_secs(number * 3600),
-        "M" => Duration::from_secs(number * 60),
-        "S" => Duration::from_secs(number),
-        "m" => Duration::from_millis(number),
-        "u" => Duration::from_micros(number),
-        "n" => Duration::from_nanos(number),
+        b'H' => Duration::from_secs(number * 3600),
+        b'M' => Duration::from_secs(number * 60),
+        b'S' => Duration::from_secs(number),
+        b'm' => Duration::from_millis(number),
+        b'u' => Duration::from_micros(number),
+        b'n' => Duration::from_nanos(number),
         _ => return Err(invalid()),
     }))
 }
 
 /// The finest unit in which it fits into eight digits, rounded up, so that the server never gives up first.
 pub(crate) fn header_of(timeout: Duration) -> HeaderValue {
-    const MOST: u128 = 99_999_999;
-    const UNITS: [(u128, u8); 6] = [
+    const MOST: u64 = 99_999_999;
+    const UNITS: [(u64, u8); 6] = [
         (1, b'n'),
         (1_000, b'u'),
         (1_000_000, b'm'),
@@ -51,7 +55,8 @@ pub(crate) fn header_of(timeout: Duration) -> HeaderValue {
         (60_000_000_000, b'M'),
         (3_600_000_000_000, b'H'),
     ];
-    let nanos = timeout.as_nanos();
+    // What is more are centuries, and says no less.
+    let nanos = u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX);
     let (mut number, unit) = UNITS
         .iter()
         .map(|(size, unit)| (nanos.div_ceil(*size), *unit))

@@ -20,6 +20,7 @@ use tower_service::Service;
 pub(crate) use self::header::{GRPC_TIMEOUT, header_of, timeout_of};
 use crate::{
     error::{BoxError, Error, Kind, Sent},
+    headers::{GRPC_STATUS, find},
     waiters::{
         Holder, Table, Timers, after,
         guard::{Head, Rest, Watch},
@@ -69,8 +70,7 @@ pub struct DeadlineLayer {
 pub struct Deadline<S> {
     inner: S,
     timeout: Duration,
-    // A handle on the clock for each clone, so that its count is not one that all threads write.
-    clock: Arc<Mine>,
+    mine: Arc<Mine>,
 }
 
 pin_project! {
@@ -99,9 +99,13 @@ struct Clock {
     timers: OnceLock<Timers>,
 }
 
-/// One clone's handle on it.
+/// What one clone has for itself, so that no count in it is one that all threads write: a handle on the clock, and what
+/// its calls tell their servers.
 #[derive(Debug)]
-struct Mine(Arc<Clock>);
+struct Mine {
+    clock: Arc<Clock>,
+    header: HeaderValue,
+}
 
 /// The time that one call has.
 #[derive(Debug)]
@@ -129,7 +133,7 @@ impl<S> Layer<S> for DeadlineLayer {
         Deadline {
             inner,
             timeout: self.timeout,
-            clock: Arc::new(Mine(self.clock.clone())),
+            mine: Mine::new(&self.clock, self.timeout),
         }
     }
 }
@@ -158,7 +162,7 @@ impl<S: Clone> Clone for Deadline<S> {
         Self {
             inner: self.inner.clone(),
             timeout: self.timeout,
-            clock: Arc::new(Mine(self.clock.0.clone())),
+            mine: Mine::new(&self.mine.clock, self.timeout),
         }
     }
 }
@@ -188,13 +192,13 @@ where
             return ResponseFuture::failed(exceeded(timeout).with_sent(Sent::Unsent));
         }
         if asked != Some(timeout) {
-            request
-                .headers_mut()
-                .insert(GRPC_TIMEOUT, header_of(timeout));
+            // It is the layer's.
+            let header = self.mine.header.clone();
+            request.headers_mut().insert(GRPC_TIMEOUT, header);
         }
         let time = Time {
             timeout,
-            timed: Timed::new(self.clock.clone(), after(timeout)),
+            timed: Timed::new(self.mine.clone(), after(timeout)),
         };
         ResponseFuture {
             head: Head::new(self.inner.call(request), time),
@@ -202,11 +206,20 @@ where
     }
 }
 
-// === impl Clock ===
+// === impl Mine ===
+
+impl Mine {
+    fn new(clock: &Arc<Clock>, timeout: Duration) -> Arc<Self> {
+        Arc::new(Self {
+            clock: clock.clone(),
+            header: header_of(timeout),
+        })
+    }
+}
 
 impl Holder for Arc<Mine> {
     fn table(&self) -> Option<&Table> {
-        self.0.timers.get().map(Timers::table)
+        self.clock.timers.get().map(Timers::table)
     }
 
     fn is_cancelled(&self) -> bool {
@@ -214,7 +227,7 @@ impl Holder for Arc<Mine> {
     }
 
     fn timers(&self) -> Option<&Timers> {
-        self.0.timers.get()
+        self.clock.timers.get()
     }
 
     /// The first runtime where this is asked is the one.
@@ -222,7 +235,7 @@ impl Holder for Arc<Mine> {
         let here = runtime::Handle::try_current().map_err(|error| {
             Error::invalid("deadline", "waited for outside a tokio runtime").with_source(error)
         })?;
-        let timers = self.0.timers.get_or_init(|| Timers::new(here.clone()));
+        let timers = self.clock.timers.get_or_init(|| Timers::new(here.clone()));
         Ok(timers.runtime().id() == here.id() && !timers.is_dead())
     }
 }
@@ -238,10 +251,12 @@ impl Watch for Time {
         })
     }
 
+    #[inline]
     fn is_over(&mut self) -> Option<Error> {
-        self.timed.is_expired().then(|| exceeded(self.timeout))
+        self.timed.is_late().then(|| exceeded(self.timeout))
     }
 
+    #[inline]
     fn knows_better(&mut self, status: &HeaderMap) -> Option<Error> {
         (says_so(status) && self.timed.is_expired()).then(|| exceeded(self.timeout))
     }
@@ -249,8 +264,9 @@ impl Watch for Time {
 
 /// Whether this may be a server's word that the call's time is up, which can come an instant before it is found out
 /// here: tonic's says CANCELLED then.
+#[inline]
 pub(crate) fn says_so(status: &HeaderMap) -> bool {
-    let code = status.get("grpc-status").map(HeaderValue::as_bytes);
+    let code = find(status, &GRPC_STATUS).map(HeaderValue::as_bytes);
     matches!(code, Some(b"1" | b"4"))
 }
 
@@ -280,8 +296,7 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let head = self.project().head;
-        head.poll_with(cx, |_, error| error)
-            .map_ok(|response| response.map(|rest| Body { rest }))
+        head.poll_with(cx, |_, error| error, |rest| Body { rest })
     }
 }
 

@@ -4,7 +4,10 @@ use http::{Response, StatusCode};
 use tonic::Code;
 use tower::{load_shed::error::Overloaded, timeout::error::Elapsed};
 
-use crate::error::{Error, Kind};
+use crate::{
+    error::{Error, Kind},
+    headers::{GRPC_STATUS, find},
+};
 
 /// What the outcome of a probe says of the service behind a gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -87,7 +90,7 @@ impl<B> Classify<Response<B>> for GrpcStatus {
         let Ok(response) = outcome else {
             return OkIsGood.classify(outcome);
         };
-        let unavailable = match response.headers().get("grpc-status") {
+        let unavailable = match find(response.headers(), &GRPC_STATUS) {
             Some(code) => Code::from_bytes(code.as_bytes()) == Code::Unavailable,
             None => matches!(
                 response.status(),

@@ -26,7 +26,7 @@ use crate::{
     deadline::{GRPC_TIMEOUT, exceeded, header_of, says_so, timeout_of},
     error::{Error, Kind, Sent},
     pool::{self, Pool, in_turn},
-    retry::{self, Calls, Owner, Spare, Target, is_bare},
+    retry::{self, Calls, OwnTarget, Owner, Spare, Target, is_bare},
     transport::{self, Connection},
     waiters::{
         Holder, NEVER, Over, Table, Timers, Waiter, after,
@@ -81,7 +81,7 @@ struct Broken {
 
 /// What the calls through one channel reach for.
 #[derive(Debug)]
-struct Handle(Arc<Shared>);
+struct Handle(Arc<Shared>, OwnTarget);
 
 /// What a channel and its clones share.
 #[derive(Debug)]
@@ -125,10 +125,10 @@ struct Ends {
 impl Channel {
     pub(super) fn new(pool: Pool<Connection>) -> Self {
         Self {
-            route: Route::Pool(Arc::new(Handle(Arc::new(Shared {
+            route: Route::Pool(Handle::new(Arc::new(Shared {
                 pool,
                 stopped: AtomicBool::new(false),
-            })))),
+            }))),
         }
     }
 
@@ -261,7 +261,7 @@ impl Clone for Channel {
     fn clone(&self) -> Self {
         Self {
             route: match &self.route {
-                Route::Pool(handle) => Route::Pool(Arc::new(Handle(handle.0.clone()))),
+                Route::Pool(handle) => Route::Pool(Handle::new(handle.0.clone())),
                 Route::Broken(broken) => Route::Broken(broken.clone()),
             },
         }
@@ -287,6 +287,12 @@ impl Broken {
 }
 
 // === impl Handle ===
+
+impl Handle {
+    fn new(shared: Arc<Shared>) -> Arc<Self> {
+        Arc::new(Self(shared, OwnTarget::default()))
+    }
+}
 
 impl Holder for Arc<Handle> {
     fn table(&self) -> Option<&Table> {
@@ -318,8 +324,12 @@ impl Holder for Arc<Handle> {
 }
 
 impl Owner for Handle {
-    fn target(&self) -> &Target {
+    fn target(&self) -> &Arc<Target> {
         &self.0.pool.shared().target
+    }
+
+    fn own_target(&self) -> &OwnTarget {
+        &self.1
     }
 
     fn buffer(&self) -> usize {
@@ -384,7 +394,7 @@ impl Watch for Ends {
         if self.timed.is_cancelled() {
             return Some(self.over(Over::Cancelled));
         }
-        self.timed.is_expired().then(|| exceeded(self.timeout))
+        self.timed.is_late().then(|| exceeded(self.timeout))
     }
 
     fn knows_better(&mut self, status: &HeaderMap) -> Option<Error> {
@@ -422,8 +432,7 @@ impl Future for ResponseFuture {
         let explain = |calls: &Calls<_, _, _>, error| {
             calls.explain(error, |inner: &Inner, error| inner.explain(error))
         };
-        head.poll_with(cx, explain)
-            .map_ok(|response| response.map(|rest| ResponseBody { rest }))
+        head.poll_with(cx, explain, |rest| ResponseBody { rest })
     }
 }
 

@@ -2,18 +2,14 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use http::HeaderName;
-
 use super::{Avoid, body::Body, limits::Places};
 use crate::{
     deadline::{GRPC_TIMEOUT, exceeded, header_of, timeout_of},
     endpoint::load::Guard,
     error::{Error, Peer, Sent},
-    headers::find,
+    headers::{GRPC_STATUS, find},
     retry::is_bare,
 };
-
-const STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 /// How a pool reads its options from a request, and when a response is over.
 ///
@@ -134,7 +130,7 @@ impl<B, R> Protocol<http::Request<B>, http::Response<R>> for Http {
     fn track(response: http::Response<R>, call: Call) -> Self::Response {
         let mut response = response;
         // That is how a call fails before its first message.
-        let failed = find(response.headers(), &STATUS);
+        let failed = find(response.headers(), &GRPC_STATUS);
         if failed.is_some_and(|code| code != "0") {
             response.extensions_mut().insert(call.peer().clone());
         }
@@ -231,7 +227,7 @@ mod tests {
         let mut response = Response::new(());
         if let Some(status) = status {
             let headers = response.headers_mut();
-            headers.insert(STATUS, HeaderValue::from_static(status));
+            headers.insert(GRPC_STATUS, HeaderValue::from_static(status));
         }
         let call = Call {
             guard: load.acquire(),

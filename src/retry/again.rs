@@ -212,8 +212,10 @@ impl<W: Owner> Call<W> {
         response: Response<R>,
         codes: impl FnOnce(&Self) -> Codes,
     ) -> Response<response::Body<R>> {
-        let throttle = self.throttle();
-        let mut counting = throttle.map(|throttle| response::Counting::new(throttle, codes(self)));
+        let owner = &self.owner;
+        let target = owner.target();
+        let mut counting = (self.kept.owned && target.is_throttled())
+            .then(|| response::Counting::new(owner.own_target().of(target), codes(self)));
         // One that has nothing but trailers.
         if let Some(code) = counting.as_ref().and_then(|_| code_of(response.headers()))
             && let Some(counting) = counting.take()

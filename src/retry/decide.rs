@@ -8,10 +8,8 @@ use tonic::Code;
 use super::{RetryPolicy, throttle::Throttle};
 use crate::{
     error::{Error, Kind, Sent},
-    headers::find,
+    headers::{GRPC_STATUS, find},
 };
-
-const STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 /// A server's word on when, or whether, to try again
 /// ([A6](https://github.com/grpc/proposal/blob/master/A6-client-retries.md#pushback)).
@@ -118,7 +116,7 @@ impl Failure {
     /// Of a response that has nothing but trailers, as all have that fail before their first message.
     #[inline]
     pub(super) fn of_response<B>(response: &Response<B>) -> Option<Self> {
-        match find(response.headers(), &STATUS) {
+        match find(response.headers(), &GRPC_STATUS) {
             None if response.status() == StatusCode::OK => None,
             Some(code) if code == "0" => None,
             code => Some(Self {
@@ -169,7 +167,7 @@ fn code_of_http(status: StatusCode) -> Code {
 
 /// The code in a status, wherever it stands.
 pub(super) fn code_of(status: &HeaderMap) -> Option<Code> {
-    let code = find(status, &STATUS)?;
+    let code = find(status, &GRPC_STATUS)?;
     Some(Code::from_bytes(code.as_bytes()))
 }
 

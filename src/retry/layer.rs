@@ -4,7 +4,7 @@ use std::{
     fmt,
     marker::PhantomData,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     task::{Context, Poll},
     time::Duration,
 };
@@ -84,6 +84,7 @@ pub(super) struct Shared<S> {
     /// To be cloned for another attempt.
     spare: Mutex<S>,
     target: Arc<Target>,
+    own: OwnTarget,
     buffer: usize,
 }
 
@@ -94,6 +95,11 @@ pub(crate) struct Target {
     throttle: ArcSwapOption<Throttle>,
 }
 
+/// One clone's handle on its target, for those of its calls that are counted: so their counting is no count that all
+/// threads write. Made when it is first asked for, as most have no throttle.
+#[derive(Debug, Default)]
+pub(crate) struct OwnTarget(OnceLock<Arc<Arc<Target>>>);
+
 /// Where another attempt goes.
 pub(crate) trait Spare<S>: Owner {
     /// A service that has to be polled ready.
@@ -102,7 +108,9 @@ pub(crate) trait Spare<S>: Owner {
 
 /// Whose calls are made again, and what that takes.
 pub(crate) trait Owner {
-    fn target(&self) -> &Target;
+    fn target(&self) -> &Arc<Target>;
+
+    fn own_target(&self) -> &OwnTarget;
 
     /// How many bytes of a request are kept.
     fn buffer(&self) -> usize;
@@ -197,6 +205,7 @@ impl<S: Clone, O> Retry<S, O> {
             shared: Arc::new(Shared {
                 spare: Mutex::new(inner.clone()),
                 target,
+                own: OwnTarget::default(),
                 buffer,
             }),
             inner,
@@ -279,8 +288,12 @@ impl<S: Clone> Spare<S> for Shared<S> {
 }
 
 impl<S> Owner for Shared<S> {
-    fn target(&self) -> &Target {
+    fn target(&self) -> &Arc<Target> {
         &self.target
+    }
+
+    fn own_target(&self) -> &OwnTarget {
+        &self.own
     }
 
     fn buffer(&self) -> usize {
@@ -308,6 +321,14 @@ impl<S> fmt::Debug for Shared<S> {
     }
 }
 
+// === impl OwnTarget ===
+
+impl OwnTarget {
+    pub(super) fn of(&self, target: &Arc<Target>) -> Arc<Arc<Target>> {
+        self.0.get_or_init(|| Arc::new(target.clone())).clone()
+    }
+}
+
 // === impl Target ===
 
 impl Target {
@@ -331,8 +352,25 @@ impl Target {
         }
     }
 
+    /// Whether calls that are made again by a policy are counted.
+    #[inline]
+    pub(super) fn is_throttled(&self) -> bool {
+        self.config.is_throttled()
+    }
+
+    /// A call has gone well. The bucket is full if there is none yet; one of a configuration that was replaced is there until the
+    /// first failure.
+    pub(super) fn succeeded(&self) {
+        if let Some(throttle) = &*self.throttle.load() {
+            throttle.succeeded();
+        }
+    }
+
     /// Its throttle, if one is configured now.
     pub(super) fn throttle(&self) -> Option<Arc<Throttle>> {
+        if !self.is_throttled() {
+            return None;
+        }
         let wanted = self.config.load().throttled()?;
         let is_wanted = |throttle: &&Arc<Throttle>| throttle.throttling() == wanted;
         if let Some(throttle) = self.throttle.load().as_ref().filter(is_wanted) {

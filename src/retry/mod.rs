@@ -29,6 +29,6 @@ pub use self::{
 #[cfg(feature = "manager")]
 pub(crate) use self::{
     call::Calls,
-    layer::{Owner, Spare, Target},
+    layer::{OwnTarget, Owner, Spare, Target},
 };
 pub(crate) use self::{kept::is_bare, throttle::Throttle};

@@ -10,7 +10,7 @@ use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tonic::Code;
 
-use super::{Codes, decide::code_of, throttle::Throttle};
+use super::{Codes, decide::code_of, layer::Target};
 
 pin_project! {
     /// A response body whose end counts for the throttle of its service, if there is one.
@@ -25,22 +25,24 @@ pin_project! {
 /// How the end of a call is counted.
 #[derive(Debug)]
 pub(super) struct Counting {
-    throttle: Arc<Throttle>,
+    target: Arc<Arc<Target>>,
     codes: Codes,
 }
 
 // === impl Counting ===
 
 impl Counting {
-    pub(super) const fn new(throttle: Arc<Throttle>, codes: Codes) -> Self {
-        Self { throttle, codes }
+    pub(super) const fn new(target: Arc<Arc<Target>>, codes: Codes) -> Self {
+        Self { target, codes }
     }
 
     pub(super) fn count(self, code: Code) {
         if code == Code::Ok {
-            self.throttle.succeeded();
-        } else if self.codes.contains(code) {
-            self.throttle.failed();
+            self.target.succeeded();
+        } else if self.codes.contains(code)
+            && let Some(throttle) = self.target.throttle()
+        {
+            throttle.failed();
         }
     }
 }

@@ -83,13 +83,15 @@ where
     E: Into<BoxError>,
     W: Watch,
 {
-    /// As a future's; `explain` adds to an error what the call inside knows of where it is.
+    /// As a future's; `explain` adds to an error what the call inside knows of where it is, and `body` makes the response's of
+    /// what there is here. At once: each time that a response is handed on costs a copy of it.
     #[inline]
-    pub(crate) fn poll_with(
+    pub(crate) fn poll_with<B>(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         explain: impl FnOnce(&F, Error) -> Error,
-    ) -> Poll<Result<Response<Rest<R, W>>, Error>> {
+        body: impl FnOnce(Rest<R, W>) -> B,
+    ) -> Poll<Result<Response<B>, Error>> {
         let mut this = self.project();
         let Some(inner) = this.inner.as_mut().as_pin_mut() else {
             return Poll::Ready(Err(this.error.take().unwrap_or_else(|| {
@@ -101,13 +103,16 @@ where
             Poll::Ready(result) => {
                 this.inner.set(None);
                 let mut watch = this.watch.take();
-                let response = result.map_err(|error| Error::from_service(error.into()))?;
+                let response = match result {
+                    Ok(response) => response,
+                    Err(error) => return Poll::Ready(Err(Error::from_service(error.into()))),
+                };
                 if let Some(watch) = &mut watch
                     && let Some(error) = watch.knows_better(response.headers())
                 {
                     return Poll::Ready(Err(error));
                 }
-                Poll::Ready(Ok(response.map(|body| Rest::new(body, watch))))
+                Poll::Ready(Ok(response.map(|inner| body(Rest::new(inner, watch)))))
             }
             // Calling => (Calling | over)
             Poll::Pending => {

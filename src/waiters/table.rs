@@ -2,6 +2,7 @@
 
 use std::{
     cell::Cell,
+    num::NonZeroU32,
     panic::{self, AssertUnwindSafe},
     sync::{
         Mutex, MutexGuard, OnceLock, PoisonError,
@@ -57,8 +58,9 @@ pub(super) struct Wakers(Vec<Waker>);
 /// A slot of a table.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Key {
-    shard: usize,
-    slot: usize,
+    /// From 1 up, so that the lack of a key takes no place.
+    shard: NonZeroU32,
+    slot: u32,
 }
 
 /// What a look at an armed slot found.
@@ -126,31 +128,31 @@ impl Table {
             None => (usize::MAX, false),
         };
         let sooner = earlier && at < self.next.load(Ordering::Relaxed);
-        (Key { shard, slot }, sooner)
+        (Key::new(shard, slot), sooner)
     }
 
     /// Sees to it that an armed slot wakes this task.
     pub(super) fn look(&self, key: Key, cx: &Context<'_>) -> Look {
-        let Some(mut shard) = self.lock(key.shard) else {
+        let Some(mut shard) = self.lock(key.shard()) else {
             return Look::Woken;
         };
-        match shard.slots.get(key.slot) {
+        match shard.slots.get(key.slot()) {
             Some(Slot {
                 waker: Some(waker), ..
             }) if waker.will_wake(cx.waker()) => return Look::Waits,
             Some(Slot { waker: Some(_), .. }) => {}
-            Some(_) | None => return shard.woken(key.slot),
+            Some(_) | None => return shard.woken(key.slot()),
         }
         // Another task has it now.
         drop(shard);
         let mut waker = Some(cx.waker().clone());
-        let look = match self.lock(key.shard) {
-            Some(mut shard) => match shard.slots.get_mut(key.slot) {
+        let look = match self.lock(key.shard()) {
+            Some(mut shard) => match shard.slots.get_mut(key.slot()) {
                 Some(slot) if slot.waker.is_some() => {
                     std::mem::swap(&mut slot.waker, &mut waker);
                     Look::Moved
                 }
-                Some(_) | None => shard.woken(key.slot),
+                Some(_) | None => shard.woken(key.slot()),
             },
             None => Look::Woken,
         };
@@ -160,8 +162,8 @@ impl Table {
 
     pub(super) fn disarm(&self, key: Key) {
         let slot = self
-            .lock(key.shard)
-            .and_then(|mut shard| shard.slots.try_remove(key.slot));
+            .lock(key.shard())
+            .and_then(|mut shard| shard.slots.try_remove(key.slot()));
         drop(slot);
     }
 
@@ -227,6 +229,27 @@ impl Table {
     fn lock(&self, shard: usize) -> Option<MutexGuard<'_, Shard>> {
         let shard = self.shards.get(shard)?;
         Some(shard.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+// === impl Key ===
+
+impl Key {
+    /// A table has at most 64 shards, and fewer than 2^32 pending calls: each has a waker, an allocation of its own.
+    fn new(shard: usize, slot: usize) -> Self {
+        let shard = u32::try_from(shard).unwrap_or(u32::MAX);
+        Self {
+            shard: NonZeroU32::MIN.saturating_add(shard),
+            slot: u32::try_from(slot).unwrap_or(u32::MAX),
+        }
+    }
+
+    const fn shard(self) -> usize {
+        self.shard.get() as usize - 1
+    }
+
+    const fn slot(self) -> usize {
+        self.slot as usize
     }
 }
 

@@ -24,6 +24,8 @@ pub(crate) struct Timed<H: Holder> {
     alone: Option<Pin<Box<Sleep>>>,
     /// It is known who keeps the time.
     asked: bool,
+    /// There was something of the response's body already.
+    begun: bool,
 }
 
 // === impl Timed ===
@@ -37,6 +39,7 @@ impl<H: Holder> Timed<H> {
             at,
             alone: None,
             asked: false,
+            begun: false,
         }
     }
 
@@ -59,6 +62,15 @@ impl<H: Holder> Timed<H> {
     #[inline]
     pub(crate) fn is_expired(&self) -> bool {
         self.is_timed() && now() >= self.at
+    }
+
+    /// To be asked whenever there is something of the response's body: whether its time is up.
+    ///
+    /// Not for the first of it, which is all that there is of most calls: that came with the head, which was in time. So a call
+    /// of one message does not look at the clock again, and one whose messages never let it wait does, from the second on.
+    #[inline]
+    pub(crate) fn is_late(&mut self) -> bool {
+        std::mem::replace(&mut self.begun, true) && self.is_expired()
     }
 
     /// To be asked whenever the call itself is pending: whether it is over, for which the task is woken. It fails
