@@ -86,22 +86,47 @@ fn elsewhere(server: &EchoServer, policy: RetryPolicy) -> (Runtime, ConnectionMa
     (theirs, manager, channel)
 }
 
+/// Runs a future outside of any runtime.
+fn outside<F: Future>(future: F) -> F::Output {
+    struct Unpark(std::thread::Thread);
+    impl std::task::Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Arc::new(Unpark(std::thread::current())).into();
+    let mut future = std::pin::pin!(future);
+    loop {
+        match future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            Poll::Ready(output) => return output,
+            Poll::Pending => std::thread::park(),
+        }
+    }
+}
+
 // Laws 1 and 12.
 #[test]
 fn a_call_that_pauses_ends_with_an_error_when_the_managers_runtime_ends() {
-    let server = EchoServer::start("a");
-    let (theirs, _manager, channel) = elsewhere(&server, paused(3, Duration::from_secs(60)));
-    server.seen.fail_with([Status::unavailable("as scripted")]);
-    let mine = runtime();
-    let pausing = mine.spawn(async move { call(&channel, slow(0)).await });
-    mine.block_on(eventually("it has failed", || {
-        server.seen.finished.load(SeqCst) == 2
-    }));
-    std::thread::sleep(ms(100));
-    theirs.shutdown_background();
-    let ended = mine.block_on(async { time::timeout(Duration::from_secs(5), pausing).await });
-    let status = ended.expect("it ends").expect("no panic").unwrap_err();
-    assert!(Error::of(&status).is_some() || status.message() == "as scripted");
+    for in_a_runtime in [true, false] {
+        let server = EchoServer::start("a");
+        let (theirs, _manager, channel) = elsewhere(&server, paused(3, ms(1500)));
+        server.seen.fail_with([Status::unavailable("as scripted")]);
+        let pausing = std::thread::spawn(move || {
+            let call = async move { call(&channel, slow(0)).await };
+            match in_a_runtime {
+                true => runtime().block_on(call),
+                false => outside(call),
+            }
+        });
+        while server.seen.finished.load(SeqCst) < 2 {
+            std::thread::sleep(ms(1));
+        }
+        std::thread::sleep(ms(100));
+        theirs.shutdown_background();
+        let status = pausing.join().expect("no panic").unwrap_err();
+        let error = Error::of(&status).expect("ours");
+        assert_eq!((error.kind(), error.sent()), (Kind::Stopped, Sent::Sent));
+    }
 }
 
 // Laws 1 and 12.
@@ -162,7 +187,11 @@ fn a_call_waits_no_longer_than_it_may_where_nobody_drives_the_managers_runtime()
     let ended = mine.block_on(async {
         let mut request = Request::new(slow(0));
         request.extensions_mut().insert(WaitForReady(true));
-        time::timeout(Duration::from_secs(3), EchoClient::new(channel).unary(request)).await
+        time::timeout(
+            Duration::from_secs(3),
+            EchoClient::new(channel).unary(request),
+        )
+        .await
     });
     ended.expect("it ends").unwrap_err();
 }
@@ -215,10 +244,7 @@ async fn what_fails_after_the_head_has_been_executed() {
     let second = body.collect().await.unwrap_err();
     let body = pool.unwrap().oneshot(request()).await.unwrap().into_body();
     let third = body.collect().await.unwrap_err();
-    assert_eq!(
-        [first.sent(), second.sent(), third.sent()],
-        [Sent::Sent; 3]
-    );
+    assert_eq!([first.sent(), second.sent(), third.sent()], [Sent::Sent; 3]);
 }
 
 // === words ===
@@ -570,7 +596,11 @@ async fn a_servers_reset_when_the_time_is_up_is_deadline_exceeded() {
             }
         }
         let n = others.len();
-        assert!(n == 0, "{n} of 60, head first {head_first}: {:?}", &others[..2.min(n)]);
+        assert!(
+            n == 0,
+            "{n} of 60, head first {head_first}: {:?}",
+            &others[..2.min(n)]
+        );
     }
 }
 

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tokio::{runtime, time::Sleep};
+use tokio::runtime;
 use tower_service::Service;
 
 use crate::{
@@ -31,7 +31,7 @@ use crate::{
     waiters::{
         Holder, NEVER, Over, Table, Timers, Waiter, after,
         guard::{Head, Rest, Watch},
-        timed::Timed,
+        timed::{Pause, Timed},
     },
 };
 
@@ -335,7 +335,7 @@ impl Owner for Handle {
         self.0.pool.is_pinned()
     }
 
-    fn sleep(&self, duration: Duration) -> Result<Pin<Box<Sleep>>, Error> {
+    fn sleep(&self, duration: Duration) -> Result<Pause, Error> {
         Ok(self.0.pool.sleep(duration))
     }
 }

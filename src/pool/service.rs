@@ -34,7 +34,7 @@ use super::{
 };
 use crate::error::{BoxError, Error};
 #[cfg(feature = "manager")]
-use crate::waiters::Timers;
+use crate::waiters::{Timers, timed::Pause};
 
 /// The balanced set of a role's endpoints, as a tower service.
 ///
@@ -186,9 +186,9 @@ impl<S, P> Pool<S, P> {
         self.pinned.is_some()
     }
 
-    /// A sleep on its own runtime.
+    /// A sleep for a call.
     #[cfg(feature = "manager")]
-    pub(crate) fn sleep(&self, duration: Duration) -> Pin<Box<tokio::time::Sleep>> {
+    pub(crate) fn sleep(&self, duration: Duration) -> Pause {
         self.inner.driver.sleep(duration)
     }
 

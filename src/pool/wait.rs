@@ -11,11 +11,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{
-    sync::futures::OwnedNotified,
-    task::coop,
-    time::{Instant, Sleep},
-};
+use tokio::{sync::futures::OwnedNotified, task::coop, time::Instant};
 use tower_service::Service;
 
 use super::{
@@ -29,6 +25,7 @@ use super::{
 use crate::{
     endpoint::{limiter::Place, ready::Ready},
     error::{BoxError, Error, Kind},
+    waiters::timed::Pause,
 };
 
 /// How many endpoints that are not ready for a call it waits for at a time.
@@ -47,7 +44,7 @@ pub(super) struct Slow<S, Req> {
     request: Option<Req>,
     candidates: Vec<Candidate<S>>,
     changed: Pin<Box<OwnedNotified>>,
-    time_up: Pin<Box<Sleep>>,
+    time_up: Pause,
     began: Instant,
     /// Among those that may wait, once it has to.
     place: Option<Place>,
@@ -207,7 +204,7 @@ where
             }
             // Waiting => (looking | failed). For the candidates, which have the waker, for the next
             // snapshot, or for the end of patience.
-            if self.time_up.as_mut().poll(cx).is_ready() {
+            if self.time_up.poll(cx).is_ready() {
                 return Poll::Ready(Err(self.waited()));
             }
             ready!(self.changed.as_mut().poll(cx));

@@ -11,7 +11,6 @@ use std::{
 use bytes::Bytes;
 use http::{Request, Response};
 use pin_project_lite::pin_project;
-use tokio::time::Sleep;
 use tower_service::Service;
 
 use super::{
@@ -29,7 +28,7 @@ use crate::{
     config::Repeat,
     error::{BoxError, Error},
     pool::in_turn,
-    waiters::Waiter,
+    waiters::{Waiter, timed::Pause},
 };
 
 pin_project! {
@@ -70,7 +69,7 @@ pin_project! {
             future: F,
         },
         Pausing {
-            sleep: Pin<Box<Sleep>>,
+            sleep: Pause,
             cancel: Option<Waiter<CancelToken>>,
         },
         // For the service that the next attempt goes to.
@@ -260,7 +259,7 @@ where
                 }
                 // Pausing => (Readying | done)
                 StateProj::Pausing { sleep, cancel } => {
-                    let is_over = sleep.as_mut().poll(cx).is_ready();
+                    let is_over = sleep.poll(cx).is_ready();
                     let is_cancelled = cancel.as_mut().is_some_and(|c| c.poll(cx).is_ready());
                     let Some(call) = this.call.as_ref() else {
                         return Poll::Ready(Err(polled_again()));

@@ -9,7 +9,6 @@ use std::{
 };
 
 use http::{Request, Response};
-use tokio::time::Sleep;
 use tower_service::Service;
 
 use super::{
@@ -21,6 +20,7 @@ use super::{
 use crate::{
     error::{BoxError, Error, Kind, Sent},
     pool::in_turn,
+    waiters::timed::Pause,
 };
 
 /// How many of a call's attempts are made anew because they were not processed.
@@ -49,7 +49,7 @@ enum Next<S> {
     Now,
     /// The service that it goes to is awaited.
     Readying(S),
-    After(Pin<Box<Sleep>>),
+    After(Pause),
     /// There is none.
     No,
 }
@@ -170,7 +170,7 @@ where
                 Next::No => return Poll::Pending,
                 // After => Now
                 Next::After(sleep) => {
-                    ready!(sleep.as_mut().poll(cx));
+                    ready!(sleep.poll(cx));
                     self.next = Next::Now;
                 }
                 // Now => (Readying | No)

@@ -3,7 +3,6 @@
 use std::{
     fmt,
     marker::PhantomData,
-    pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
     time::Duration,
@@ -12,7 +11,6 @@ use std::{
 use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use http::{Request, Response};
-use tokio::time::Sleep;
 use tower_layer::Layer;
 use tower_service::Service;
 
@@ -23,7 +21,10 @@ use crate::{
     config::{Repeat, ServiceConfig, SharedConfig},
     deadline::timeout_of,
     error::{BoxError, Error},
-    waiters::{NEVER, after, timed},
+    waiters::{
+        NEVER, after,
+        timed::{self, Pause},
+    },
 };
 
 /// Makes failed calls again where that is safe: over any tower service that speaks gRPC over HTTP/2.
@@ -113,7 +114,7 @@ pub(crate) trait Owner {
     /// Whether all calls go to the same instance, or nowhere.
     fn is_pinned(&self) -> bool;
 
-    fn sleep(&self, duration: Duration) -> Result<Pin<Box<Sleep>>, Error>;
+    fn sleep(&self, duration: Duration) -> Result<Pause, Error>;
 }
 
 // === impl RetryLayer ===
@@ -295,7 +296,7 @@ impl<S> Owner for Shared<S> {
         false
     }
 
-    fn sleep(&self, duration: Duration) -> Result<Pin<Box<Sleep>>, Error> {
+    fn sleep(&self, duration: Duration) -> Result<Pause, Error> {
         timed::sleep(duration)
     }
 }
