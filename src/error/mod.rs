@@ -257,6 +257,13 @@ impl Error {
         self.changed()
     }
 
+    /// Names the role and the peer that the other one names.
+    pub(crate) fn with_names_of(mut self, other: &Self) -> Self {
+        self.0.role = other.0.role.clone().or(self.0.role);
+        self.0.peer = other.0.peer.clone().or(self.0.peer);
+        self.changed()
+    }
+
     pub(crate) fn unready(mut self, known: usize, sample: Vec<Trouble>) -> Self {
         self.0.detail = Detail::Unready { known, sample };
         self.changed()

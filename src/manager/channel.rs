@@ -23,7 +23,7 @@ use crate::{
     CancelToken, InstanceId, RetryLayer, WaitForReady,
     cancel::cancelled_error,
     config::Repeat,
-    deadline::{GRPC_TIMEOUT, exceeded, header_of, says_so, timeout_of},
+    deadline::{GRPC_TIMEOUT, exceeded, header_of, is_reset_so, says_so, timeout_of},
     error::{Error, Kind, Sent},
     pool::{self, Pool, in_turn},
     retry::{self, Calls, Owner, Spare, Target, is_bare},
@@ -390,6 +390,11 @@ impl Watch for Ends {
     fn knows_better(&mut self, status: &HeaderMap) -> Option<Error> {
         (self.timed.is_timed() && says_so(status) && self.timed.is_expired())
             .then(|| exceeded(self.timeout))
+    }
+
+    fn knows_better_than(&mut self, failure: &Error) -> Option<Error> {
+        (self.timed.is_timed() && is_reset_so(failure) && self.timed.is_expired())
+            .then(|| exceeded(self.timeout).with_names_of(failure))
     }
 }
 

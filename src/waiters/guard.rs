@@ -25,6 +25,12 @@ pub(crate) trait Watch {
         let _ = status;
         None
     }
+
+    /// The same of a failure inside.
+    fn knows_better_than(&mut self, failure: &Error) -> Option<Error> {
+        let _ = failure;
+        None
+    }
 }
 
 pin_project! {
@@ -101,7 +107,14 @@ where
             Poll::Ready(result) => {
                 this.inner.set(None);
                 let mut watch = this.watch.take();
-                let response = result.map_err(|error| Error::from_service(error.into()))?;
+                let response = match result {
+                    Ok(response) => response,
+                    Err(error) => {
+                        let error = Error::from_service(error.into());
+                        let better = watch.as_mut().and_then(|w| w.knows_better_than(&error));
+                        return Poll::Ready(Err(better.unwrap_or(error)));
+                    }
+                };
                 if let Some(watch) = &mut watch
                     && let Some(error) = watch.knows_better(response.headers())
                 {
@@ -171,6 +184,7 @@ where
             return Poll::Ready(None);
         };
         let frame = inner.poll_frame(cx);
+        let frame = frame.map_err(|error| Error::from_service(error.into()));
         let over = match (&frame, this.watch.as_mut()) {
             (_, None) => None,
             (Poll::Pending, Some(watch)) => match watch.poll_over(cx) {
@@ -181,7 +195,8 @@ where
                 Some(trailers) => watch.knows_better(trailers),
                 None => watch.is_over(),
             },
-            (Poll::Ready(_), Some(_)) => None,
+            (Poll::Ready(Some(Err(failure))), Some(watch)) => watch.knows_better_than(failure),
+            (Poll::Ready(None), Some(_)) => None,
         };
         if let Some(error) = over {
             this.inner.set(None);
@@ -194,7 +209,7 @@ where
             Poll::Ready(_) => *this.watch = None,
             Poll::Pending => {}
         }
-        frame.map_err(|error| Error::from_service(error.into()))
+        frame
     }
 
     fn is_end_stream(&self) -> bool {
