@@ -10,7 +10,7 @@ use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
 
 use super::protocol::Call;
-use crate::error::{BoxError, Error};
+use crate::error::{BoxError, Error, Sent};
 
 pin_project! {
     /// A response body that counts as load at its peer until it has ended, failed or been dropped, and
@@ -79,7 +79,8 @@ where
                 Some(Ok(frame))
             }
             Some(Err(error)) => {
-                let error = Error::from_service(error.into());
+                // There was a response.
+                let error = Error::from_service(error.into()).with_sent(Sent::Sent);
                 Some(Err(match this.call.take() {
                     Some(call) if error.peer().is_none() => {
                         error.with_peer(&Arc::new(call.peer().clone()))

@@ -10,7 +10,7 @@ use http::{HeaderMap, Response};
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
 
-use crate::error::{BoxError, Error, Kind};
+use crate::error::{BoxError, Error, Kind, Sent};
 
 /// What may end a call.
 pub(crate) trait Watch {
@@ -184,7 +184,9 @@ where
             return Poll::Ready(None);
         };
         let frame = inner.poll_frame(cx);
-        let frame = frame.map_err(|error| Error::from_service(error.into()));
+        // There was a response.
+        let failed = |error: B::Error| Error::from_service(error.into()).with_sent(Sent::Sent);
+        let frame = frame.map_err(failed);
         let over = match (&frame, this.watch.as_mut()) {
             (_, None) => None,
             (Poll::Pending, Some(watch)) => match watch.poll_over(cx) {
