@@ -349,9 +349,13 @@ impl Spare<Pool<Connection>> for Handle {
 // === impl Ends ===
 
 impl Ends {
+    fn named(&self, error: Error) -> Error {
+        error.with_role(&self.timed.holder().0.pool.role_arc())
+    }
+
     fn over(&self, over: Over) -> Error {
         match over {
-            Over::Expired => exceeded(self.timeout),
+            Over::Expired => self.named(exceeded(self.timeout)),
             Over::Cancelled => stopped_error(&self.timed.holder().0.pool),
             Over::Untimed | Over::Moved => Error::new(Kind::Internal).with_sent(Sent::Sent),
         }
@@ -364,7 +368,7 @@ impl Watch for Ends {
         if let Some(token) = &mut self.token
             && token.poll(cx).is_ready()
         {
-            return Poll::Ready(cancelled_error());
+            return Poll::Ready(self.named(cancelled_error()));
         }
         match ready!(self.timed.poll(cx)) {
             Ok(over) => Poll::Ready(self.over(over)),
@@ -379,22 +383,23 @@ impl Watch for Ends {
             .as_ref()
             .is_some_and(|token| token.is_cancelled())
         {
-            return Some(cancelled_error());
+            return Some(self.named(cancelled_error()));
         }
         if self.timed.is_cancelled() {
             return Some(self.over(Over::Cancelled));
         }
-        self.timed.is_expired().then(|| exceeded(self.timeout))
+        let is_expired = self.timed.is_expired();
+        is_expired.then(|| self.over(Over::Expired))
     }
 
     fn knows_better(&mut self, status: &HeaderMap) -> Option<Error> {
         (self.timed.is_timed() && says_so(status) && self.timed.is_expired())
-            .then(|| exceeded(self.timeout))
+            .then(|| self.over(Over::Expired))
     }
 
     fn knows_better_than(&mut self, failure: &Error) -> Option<Error> {
         (self.timed.is_timed() && is_reset_so(failure) && self.timed.is_expired())
-            .then(|| exceeded(self.timeout).with_names_of(failure))
+            .then(|| self.over(Over::Expired).with_names_of(failure))
     }
 }
 
@@ -449,7 +454,9 @@ impl http_body::Body for ResponseBody {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        self.project().rest.poll_frame(cx)
+        let explain =
+            |body: &retry::ResponseBody<pool::Body<_>>, error| body.get_ref().explain(error);
+        self.project().rest.poll_with(cx, explain)
     }
 
     fn is_end_stream(&self) -> bool {

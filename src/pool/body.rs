@@ -41,6 +41,15 @@ impl<B> Body<B> {
         &mut self.inner
     }
 
+    /// An error from outside, such as a deadline, with the peer that the call is at.
+    #[cfg(feature = "manager")]
+    pub(crate) fn explain(&self, error: Error) -> Error {
+        match &self.call {
+            Some(call) if error.peer().is_none() => error.with_peer(&Arc::new(call.peer().clone())),
+            _ => error,
+        }
+    }
+
     /// The body inside; the call is over as far as load goes.
     pub fn into_inner(self) -> B {
         self.inner

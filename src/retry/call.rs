@@ -130,14 +130,15 @@ impl<W, S: Service<Request<O>>, O> Calls<W, S, O> {
         error: Error,
         attempt: impl FnOnce(&S::Future, Error) -> Error,
     ) -> Error {
-        let error = match &self.state {
-            State::Attempt { future } => attempt(future, error),
-            State::Pausing { .. } => error.with_reason("between two attempts"),
+        match (&self.state, &self.call) {
+            (State::Attempt { future }, Some(call)) => {
+                attempt(future, error).with_sent_at_least(call.sent)
+            }
+            // There is no attempt under way: it has got as far as those before.
+            (State::Pausing { .. } | State::Readying { .. }, Some(call)) => error
+                .with_sent(call.sent)
+                .with_reason("between two attempts"),
             _ => error,
-        };
-        match &self.call {
-            Some(call) => error.with_sent_at_least(call.sent),
-            None => error,
         }
     }
 }

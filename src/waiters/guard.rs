@@ -179,6 +179,35 @@ where
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, Error>>> {
+        self.poll_with(cx, |_, error| error)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner
+            .as_ref()
+            .is_none_or(http_body::Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner
+            .as_ref()
+            .map_or_else(|| SizeHint::with_exact(0), http_body::Body::size_hint)
+    }
+}
+
+impl<B, W> Rest<B, W>
+where
+    B: http_body::Body,
+    B::Error: Into<BoxError>,
+    W: Watch,
+{
+    /// As a body's `poll_frame`; `explain` adds to the error of what ends the call what the body inside knows of it.
+    #[inline]
+    pub(crate) fn poll_with(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        explain: impl FnOnce(&B, Error) -> Error,
+    ) -> Poll<Option<Result<Frame<B::Data>, Error>>> {
         let mut this = self.project();
         let Some(inner) = this.inner.as_mut().as_pin_mut() else {
             return Poll::Ready(None);
@@ -201,6 +230,10 @@ where
             (Poll::Ready(None), Some(_)) => None,
         };
         if let Some(error) = over {
+            let error = match this.inner.as_ref().as_pin_ref() {
+                Some(inner) => explain(inner.get_ref(), error),
+                None => error,
+            };
             this.inner.set(None);
             *this.watch = None;
             return Poll::Ready(Some(Err(error)));
@@ -212,17 +245,5 @@ where
             Poll::Pending => {}
         }
         frame
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.inner
-            .as_ref()
-            .is_none_or(http_body::Body::is_end_stream)
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.inner
-            .as_ref()
-            .map_or_else(|| SizeHint::with_exact(0), http_body::Body::size_hint)
     }
 }
