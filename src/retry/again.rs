@@ -82,7 +82,7 @@ impl<W: Owner> Call<W> {
         self.sent = self.sent.max(attempted.sent);
         let policy = self.policy();
         let throttle = self.throttle();
-        let again = self.kept.source.is_there();
+        let again = self.kept.source.take_back();
         let verdict = self.progress.after(
             attempted.failure,
             again,
