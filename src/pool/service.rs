@@ -419,6 +419,9 @@ where
         loop {
             match this.state.as_mut().project() {
                 StateProj::Calling { response, call } => {
+                    if call.is_none() {
+                        return Poll::Ready(Err(polled_again()));
+                    }
                     let result = ready!(response.poll(cx));
                     let Some(call) = call.take() else {
                         return Poll::Ready(Err(polled_again()));

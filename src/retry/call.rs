@@ -26,7 +26,7 @@ use crate::{
     CancelToken,
     cancel::cancelled_error,
     config::Repeat,
-    error::{BoxError, Error},
+    error::{BoxError, Error, Sent},
     pool::in_turn,
     waiters::{Waiter, timed::Pause},
 };
@@ -75,6 +75,7 @@ pin_project! {
         // For the service that the next attempt goes to.
         Readying {
             service: S,
+            cancel: Option<Waiter<CancelToken>>,
         },
         Hedging {
             hedge: Box<Hedge<W, S, O>>,
@@ -215,10 +216,10 @@ where
             match this.state.as_mut().project() {
                 // Attempt => (done | Readying | Pausing)
                 StateProj::Attempt { future } => {
-                    let result = ready!(future.poll(cx));
                     let Some(call) = this.call.as_mut() else {
                         return Poll::Ready(Err(polled_again()));
                     };
+                    let result = ready!(future.poll(cx));
                     let attempted = match result {
                         Ok(response) => match Failure::of_response(&response) {
                             None => {
@@ -255,13 +256,14 @@ where
                         },
                         None => State::Readying {
                             service: call.owner.spare(),
+                            cancel: call.cancel(),
                         },
                     });
                 }
                 // Pausing => (Readying | done)
                 StateProj::Pausing { sleep, cancel } => {
                     let is_over = sleep.poll(cx).is_ready();
-                    let is_cancelled = cancel.as_mut().is_some_and(|c| c.poll(cx).is_ready());
+                    let is_cancelled = poll_cancel(cancel, cx).is_ready();
                     let Some(call) = this.call.as_ref() else {
                         return Poll::Ready(Err(polled_again()));
                     };
@@ -274,18 +276,25 @@ where
                         return Poll::Pending;
                     }
                     let service = call.owner.spare();
-                    this.state.set(State::Readying { service });
+                    let cancel = cancel.take();
+                    this.state.set(State::Readying { service, cancel });
                 }
                 // Readying => (Attempt | done)
-                StateProj::Readying { service } => {
+                StateProj::Readying { service, cancel } => {
                     ready!(in_turn(cx));
-                    let ready = ready!(service.poll_ready(cx));
+                    let ready = match service.poll_ready(cx) {
+                        Poll::Ready(ready) => ready.map_err(|e| Error::from_service(e.into())),
+                        Poll::Pending => {
+                            ready!(poll_cancel(cancel, cx));
+                            Err(cancelled_error().with_sent(Sent::Unsent))
+                        }
+                    };
                     let Some(call) = this.call.as_mut() else {
                         return Poll::Ready(Err(polled_again()));
                     };
                     let request = match ready {
                         Ok(()) => call.again(),
-                        Err(error) => Err(Error::from_service(error.into())),
+                        Err(error) => Err(error),
                     };
                     match request {
                         Ok(request) => {
@@ -306,6 +315,17 @@ where
                 }
             }
         }
+    }
+}
+
+/// Ready when the call's own token is cancelled.
+pub(super) fn poll_cancel(
+    cancel: &mut Option<Waiter<CancelToken>>,
+    cx: &mut Context<'_>,
+) -> Poll<()> {
+    match cancel {
+        Some(token) => token.poll(cx).map(drop),
+        None => Poll::Pending,
     }
 }
 

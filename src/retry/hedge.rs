@@ -14,13 +14,16 @@ use tower_service::Service;
 use super::{
     Body, HedgingPolicy,
     again::{Attempted, Attempts, Call, finally, polled_again},
+    call::poll_cancel,
     decide::{Failure, Nature, Pushback},
     layer::{Owner, Spare},
 };
 use crate::{
+    CancelToken,
+    cancel::cancelled_error,
     error::{BoxError, Error, Kind, Sent},
     pool::in_turn,
-    waiters::timed::Pause,
+    waiters::{Waiter, timed::Pause},
 };
 
 /// How many of a call's attempts are made anew because they were not processed.
@@ -36,6 +39,8 @@ where
     call: Option<Call<W>>,
     under_way: Vec<Pin<Box<S::Future>>>,
     next: Next<S>,
+    /// What may cancel it while no attempt is under way.
+    cancel: Option<Waiter<CancelToken>>,
     /// Attempts that count.
     made: u32,
     /// Those that were made anew, and do not count.
@@ -76,6 +81,7 @@ where
                 false => next_after(&call, policy.delay()),
             },
             policy,
+            cancel: call.cancel(),
             call: Some(call),
             under_way: vec![Box::pin(first)],
             made: 1,
@@ -96,7 +102,14 @@ where
         let Some(mut call) = self.call.take() else {
             return Poll::Ready(Err(polled_again()));
         };
-        let result = self.poll_call(&mut call, cx);
+        let result = match self.poll_call(&mut call, cx) {
+            // Those that are under way know for themselves.
+            Poll::Pending if self.under_way.is_empty() => {
+                let cancelled = poll_cancel(&mut self.cancel, cx);
+                cancelled.map(|()| Err(Err(cancelled_error().with_sent(Sent::Unsent))))
+            }
+            result => result,
+        };
         let Poll::Ready(result) = result else {
             self.call = Some(call);
             return Poll::Pending;
