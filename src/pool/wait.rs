@@ -128,7 +128,8 @@ where
     {
         loop {
             // Looking => (called | waiting | failed)
-            if self.candidates.is_empty() {
+            let is_first_look = self.candidates.is_empty();
+            if is_first_look {
                 let snapshot = self.inner.shared.snapshot.load();
                 let found: Vec<_> = match &self.avoid {
                     Some(avoid) if self.pinned.is_none() => avoid.candidates(&snapshot, CANDIDATES),
@@ -173,9 +174,9 @@ where
                     Poll::Pending => n += 1,
                 }
             }
-            if let Some((is_full, whose)) = full {
+            if let Some((is_full, whose)) = &full {
                 // One that was not among the few may have room.
-                match self.elsewhere(cx, is_full) {
+                match self.elsewhere(cx, Some(*is_full)) {
                     Ok(Some((candidate, places))) => {
                         return Poll::Ready(self.hand_over::<P>(candidate, places));
                     }
@@ -189,6 +190,14 @@ where
                     // Those that are left are waited for.
                     Ok(None) | Err(_) => {}
                 }
+            }
+            // The few are busy: one that is not among them may be free.
+            if full.is_none()
+                && is_first_look
+                && !self.candidates.is_empty()
+                && let Ok(Some((candidate, places))) = self.elsewhere(cx, None)
+            {
+                return Poll::Ready(self.hand_over::<P>(candidate, places));
             }
             if found > 0 && self.candidates.is_empty() {
                 // They went down, and are passed by at the next look.
@@ -213,15 +222,15 @@ where
         }
     }
 
-    /// Another that has room, where those that were looked at are full. It is here, or among the candidates if it is not
+    /// Another that has room, where those that were looked at are full or busy. It is here, or among the candidates if none is
     /// ready yet.
     fn elsewhere(
         &mut self,
         cx: &mut Context<'_>,
-        full: Full,
+        full: Option<Full>,
     ) -> Result<Option<(Candidate<S>, Places)>, Full> {
-        if full == Full::Role {
-            return Err(full);
+        if full == Some(Full::Role) {
+            return Err(Full::Role);
         }
         let shared = &self.inner.shared;
         let snapshot = shared.snapshot.load();
@@ -230,7 +239,11 @@ where
             waited_for.any(|candidate| Arc::ptr_eq(&candidate.ready, ready))
         };
         let others = snapshot.others(self.pinned.as_ref(), self.avoid.as_ref());
-        for other in others.filter(|other| !waited_for(other)) {
+        let mut busy = None;
+        // Whoever is busy is waited for rather than tried where the call has just failed.
+        let avoid = self.avoid.as_ref().filter(|_| full.is_none());
+        let failed = |ready: &Arc<Ready<S>>| avoid.is_some_and(|avoid| avoid.is_last(ready));
+        for other in others.filter(|other| !waited_for(other) && !failed(other)) {
             let places = match shared.limits.admit(other, std::iter::empty) {
                 Ok((_, places)) => places,
                 Err(Full::Role) => return Err(Full::Role),
@@ -241,12 +254,13 @@ where
                 Poll::Ready(Ok(())) => return Ok(Some((candidate, places))),
                 Poll::Ready(Err(_)) => other.mark_down("it takes no new calls"),
                 Poll::Pending => {
-                    self.candidates.push(candidate);
-                    return Ok(None);
+                    busy.get_or_insert(candidate);
                 }
             }
         }
-        Err(full)
+        let busy = busy.ok_or(Full::Peer)?;
+        self.candidates.push(busy);
+        Ok(None)
     }
 
     /// An endpoint has the call.
