@@ -162,7 +162,9 @@ impl ServiceConfig {
     }
 
     fn is_plain(&self) -> bool {
-        self.methods.is_empty() && self.others == MethodConfig::default()
+        self.methods.is_empty()
+            && self.others == MethodConfig::default()
+            && self.throttling.is_none()
     }
 
     pub(crate) const fn throttled(&self) -> Option<Throttling> {
@@ -335,7 +337,7 @@ impl SharedConfig {
         self.0.config.load_full()
     }
 
-    /// Whether nothing is configured for any method: a look that costs less than one at the configuration.
+    /// Whether nothing is configured that calls look for: a look that costs less than one at the configuration.
     #[inline]
     pub(crate) fn is_plain(&self) -> bool {
         self.0.plain.load(Ordering::Relaxed)

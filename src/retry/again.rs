@@ -137,7 +137,7 @@ impl<W: Owner> Call<W> {
     }
 
     pub(super) fn throttle(&self) -> Option<Arc<Throttle>> {
-        match self.kept.owned {
+        match self.kept.counted {
             true => self.owner.target().throttle(),
             false => None,
         }
@@ -255,7 +255,7 @@ pub(super) fn repeat_of(extensions: &Extensions, configured: impl FnOnce() -> Re
     if is_bare(extensions) {
         return configured();
     }
-    if extensions.get::<Owned>().is_some() {
+    if is_owned(extensions) {
         return Repeat::Transparent;
     }
     if let Some(policy) = extensions.get::<RetryPolicy>() {
@@ -265,6 +265,12 @@ pub(super) fn repeat_of(extensions: &Extensions, configured: impl FnOnce() -> Re
         return Repeat::Hedge(*policy);
     }
     configured()
+}
+
+/// Whether somebody outside makes the call again.
+#[inline]
+pub(super) fn is_owned(extensions: &Extensions) -> bool {
+    !is_bare(extensions) && extensions.get::<Owned>().is_some()
 }
 
 /// The failure that is the call's.

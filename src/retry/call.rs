@@ -15,7 +15,7 @@ use tower_service::Service;
 
 use super::{
     Body,
-    again::{Attempted, Attempts, Call, polled_again, repeat_of},
+    again::{Attempted, Attempts, Call, is_owned, polled_again, repeat_of},
     body::Source,
     decide::{Failure, Nature, Verdict},
     hedge::Hedge,
@@ -179,6 +179,7 @@ where
         };
         let mut call = Call::new(Kept::of(&head, source, at), owner);
         call.kept.owned = owned;
+        call.kept.counted = owned || !is_owned(&head.extensions);
         call.mark(&mut head.extensions);
         if hedging.is_some() {
             // The pool writes into it whom each attempt goes to, and passes them by.

@@ -334,6 +334,9 @@ impl Target {
 
     /// Its throttle, if one is configured now.
     pub(super) fn throttle(&self) -> Option<Arc<Throttle>> {
+        if self.config.is_plain() {
+            return None;
+        }
         let wanted = self.config.load().throttled()?;
         let is_wanted = |throttle: &&Arc<Throttle>| throttle.throttling() == wanted;
         if let Some(throttle) = self.throttle.load().as_ref().filter(is_wanted) {
