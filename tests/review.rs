@@ -432,6 +432,53 @@ async fn a_call_finds_the_one_that_has_room_however_many_are_busy() {
     assert_eq!(missed, 0, "so many of 100 waited beside one that was free");
 }
 
+/// Is ready when it is told to be.
+#[derive(Clone, Default)]
+struct Later {
+    ready: Arc<std::sync::atomic::AtomicBool>,
+    wakers: Arc<std::sync::Mutex<Vec<std::task::Waker>>>,
+}
+
+impl Service<u32> for Later {
+    type Response = u32;
+    type Error = BoxError;
+    type Future = std::future::Ready<Result<u32, BoxError>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.wakers.lock().unwrap().push(cx.waker().clone());
+        match self.ready.load(SeqCst) {
+            true => Poll::Ready(Ok(())),
+            false => Poll::Pending,
+        }
+    }
+
+    fn call(&mut self, request: u32) -> Self::Future {
+        std::future::ready(Ok(request))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_waits_finds_the_one_that_becomes_free_however_many_are_busy() {
+    let services: Vec<_> = (0..20).map(|_| Later::default()).collect();
+    let free = services[7].clone();
+    let list = ServiceList::new::<u32>(services);
+    let pool = Pool::<_, Plain>::from_discover("echo", list).unwrap();
+    time::sleep(ms(100)).await;
+    let waiting: Vec<_> = (0..100)
+        .map(|n| tokio::spawn(pool.clone().oneshot(n)))
+        .collect();
+    time::sleep(ms(100)).await;
+    free.ready.store(true, SeqCst);
+    let wakers: Vec<_> = free.wakers.lock().unwrap().drain(..).collect();
+    wakers.into_iter().for_each(std::task::Waker::wake);
+    time::sleep(Duration::from_secs(5)).await;
+    let missed = waiting.iter().filter(|call| !call.is_finished()).count();
+    assert_eq!(
+        missed, 0,
+        "so many of 100 wait beside one that has become free"
+    );
+}
+
 /// Is ready when it is polled for the first time, and its clones never.
 struct Once {
     first: bool,
@@ -509,6 +556,31 @@ async fn a_call_that_is_polled_after_its_end_does_not_panic() {
     let again = std::panic::AssertUnwindSafe((&mut call).map(|result| result.map(drop)));
     let error = again.catch_unwind().await.expect("no panic").unwrap_err();
     assert_eq!(error.kind(), Kind::Internal);
+}
+
+// A deadline inside is one of each attempt, and a policy may say that it is followed by another.
+#[tokio::test(start_paused = true)]
+async fn an_attempt_whose_own_time_is_up_is_followed_by_another_where_the_policy_says_so() {
+    let calls = Arc::new(AtomicUsize::new(0));
+    let count = calls.clone();
+    let service = service_fn(move |_: http::Request<Body>| {
+        let first = count.fetch_add(1, SeqCst) == 0;
+        async move {
+            if first {
+                std::future::pending::<()>().await;
+            }
+            Ok::<_, BoxError>(http::Response::new(Body::empty()))
+        }
+    });
+    let policy = paused(3, ms(1)).on([Code::DeadlineExceeded]).unwrap();
+    let service = tower::ServiceBuilder::new()
+        .layer(DeadlineLayer::new(Duration::from_secs(5)))
+        .layer(RetryLayer::new(policy))
+        .layer(DeadlineLayer::new(ms(100)))
+        .service(service);
+    let answer = service.oneshot(http::Request::new(Body::empty())).await;
+    answer.expect("the second attempt answers");
+    assert_eq!(calls.load(SeqCst), 2);
 }
 
 // === owners ===

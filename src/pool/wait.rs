@@ -31,6 +31,10 @@ use crate::{
 /// How many endpoints that are not ready for a call it waits for at a time.
 const CANDIDATES: usize = 4;
 
+/// How long a call waits for those, until it looks whether another is free: this long first, then longer and longer.
+const SOON: Duration = Duration::from_millis(20);
+const LATE: Duration = Duration::from_secs(1);
+
 /// A request is told of a wait that was longer.
 const TOLD: Duration = Duration::from_millis(1);
 
@@ -45,6 +49,9 @@ pub(super) struct Slow<S, Req> {
     candidates: Vec<Candidate<S>>,
     changed: Pin<Box<OwnedNotified>>,
     time_up: Pause,
+    /// When it looks for others than its candidates, if there are any, and how long after that again.
+    look: Option<Pause>,
+    pause: Duration,
     began: Instant,
     /// Among those that may wait, once it has to.
     place: Option<Place>,
@@ -86,6 +93,8 @@ impl<S, Req> Slow<S, Req> {
             candidates: Vec::new(),
             changed: inner.shared.next_change(),
             time_up: inner.driver.sleep(config.max_wait),
+            look: None,
+            pause: SOON,
             place: None,
             began: Instant::now(),
             _held: inner.shared.interest.hold(),
@@ -192,12 +201,15 @@ where
                 }
             }
             // The few are busy: one that is not among them may be free.
-            if full.is_none()
-                && is_first_look
-                && !self.candidates.is_empty()
-                && let Ok(Some((candidate, places))) = self.elsewhere(cx, None)
-            {
-                return Poll::Ready(self.hand_over::<P>(candidate, places));
+            if full.is_none() && is_first_look && !self.candidates.is_empty() {
+                self.look = match self.elsewhere(cx, None) {
+                    Ok(Some((candidate, places))) => {
+                        return Poll::Ready(self.hand_over::<P>(candidate, places));
+                    }
+                    // These have no waker of this call.
+                    Ok(None) => Some(self.inner.driver.sleep(self.pause)),
+                    Err(_) => None,
+                };
             }
             if found > 0 && self.candidates.is_empty() {
                 // They went down, and are passed by at the next look.
@@ -216,8 +228,18 @@ where
             if self.time_up.poll(cx).is_ready() {
                 return Poll::Ready(Err(self.waited()));
             }
-            ready!(self.changed.as_mut().poll(cx));
-            self.changed = self.inner.shared.next_change();
+            let is_time = match &mut self.look {
+                Some(look) => look.poll(cx).is_ready(),
+                None => false,
+            };
+            match is_time {
+                true => self.pause = LATE.min(2 * self.pause),
+                false => {
+                    ready!(self.changed.as_mut().poll(cx));
+                    self.changed = self.inner.shared.next_change();
+                }
+            }
+            self.look = None;
             self.candidates.clear();
         }
     }
