@@ -238,10 +238,18 @@ impl<T> Attempted<T> {
         }
     }
 
-    pub(super) fn failed(error: impl Into<BoxError>, pinned: bool) -> Self {
+    pub(super) fn failed<W: Owner>(error: impl Into<BoxError>, call: &Call<W>) -> Self {
         let error = Error::from_service(error.into());
+        let mut failure = Failure::of_error(&error, call.is_pinned());
+        // A deadline inside is the attempt's own: another attempt has time.
+        if error.kind() == Kind::DeadlineExceeded && !call.kept.is_expired() {
+            failure.nature = match error.sent() {
+                Sent::Sent => Nature::Sent,
+                _ => Nature::Unsent,
+            };
+        }
         Self {
-            failure: Failure::of_error(&error, pinned),
+            failure,
             sent: error.sent(),
             peer: error.peer().cloned(),
             result: Err(error),

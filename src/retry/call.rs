@@ -230,7 +230,7 @@ where
                             }
                             Some(failure) => Attempted::answered(response, failure),
                         },
-                        Err(error) => Attempted::failed(error, call.is_pinned()),
+                        Err(error) => Attempted::failed(error, call),
                     };
                     let pause = match call.after(&attempted) {
                         Verdict::Final => None,

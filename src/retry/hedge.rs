@@ -159,7 +159,7 @@ where
                         None => return Poll::Ready(Ok(response)),
                         Some(failure) => Attempted::answered(response, failure),
                     },
-                    Err(error) => Attempted::failed(error, call.is_pinned()),
+                    Err(error) => Attempted::failed(error, call),
                 };
                 match self.failed(call, attempted) {
                     Outcome::Fatal(failed) => return Poll::Ready(Err(failed)),

@@ -40,6 +40,7 @@ use crate::{
 /// [`buffer`](RetryLayer::buffer). A response that has nothing but trailers has not begun: that is how a server says that a
 /// call failed before its first message. Each attempt tells the server how many there were before
 /// (`grpc-previous-rpc-attempts`) and how much time is left (`grpc-timeout`). A server's `grpc-retry-pushback-ms` is obeyed.
+/// A deadline inside ([`DeadlineLayer`](crate::DeadlineLayer)) is one of each attempt; a policy on `DEADLINE_EXCEEDED` repeats those.
 /// A [`Pool`](crate::Pool) below does not give an attempt to a peer that failed the call before, as long as there is another.
 ///
 /// ```
