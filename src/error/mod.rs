@@ -34,6 +34,8 @@ struct Inner {
     peer: Option<Arc<Peer>>,
     detail: Detail,
     source: Option<SharedError>,
+    /// Whoever makes calls again has given up: what may be repeated uncounted, was.
+    given_up: bool,
     // Put together when first asked for: a call that fails in a loop pays for no words nobody reads.
     status: OnceLock<Status>,
 }
@@ -143,6 +145,7 @@ impl Error {
             peer: None,
             detail: Detail::None,
             source: None,
+            given_up: false,
             status: OnceLock::new(),
         }))
     }
@@ -255,6 +258,17 @@ impl Error {
     pub(crate) fn with_peer(mut self, peer: &Arc<Peer>) -> Self {
         self.0.peer = Some(peer.clone());
         self.changed()
+    }
+
+    /// Says that whoever makes calls again has given up.
+    pub(crate) fn given_up(mut self) -> Self {
+        self.0.given_up = true;
+        self
+    }
+
+    /// Whether somebody inside has repeated it, uncounted, as often as it may be.
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.0.given_up
     }
 
     /// Names the role and the peer that the other one names.

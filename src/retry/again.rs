@@ -190,7 +190,7 @@ impl<W: Owner> Call<W> {
     pub(super) fn result<R>(&mut self, attempted: Attempted<R>) -> Attempts<R> {
         match self.before.take() {
             Some(before) if attempted.failure.nature == Nature::Unsent => {
-                Err(before.with_sent_at_least(self.sent))
+                Err(before.with_sent_at_least(self.sent).given_up())
             }
             _ => finally(attempted.result, self.sent),
         }
@@ -238,7 +238,7 @@ impl<T> Attempted<T> {
         }
     }
 
-    pub(super) fn failed<W: Owner>(error: impl Into<BoxError>, call: &Call<W>) -> Self {
+    pub(super) fn failed<W: Owner>(error: impl Into<BoxError>, call: &mut Call<W>) -> Self {
         let error = Error::from_service(error.into());
         let mut failure = Failure::of_error(&error, call.is_pinned());
         // A deadline inside is the attempt's own: another attempt has time.
@@ -247,6 +247,13 @@ impl<T> Attempted<T> {
                 Sent::Sent => Nature::Sent,
                 _ => Nature::Unsent,
             };
+        }
+        // A layer inside has done this already.
+        if error.is_given_up() {
+            call.progress.refused = true;
+            if failure.nature == Nature::Lost {
+                failure.nature = Nature::Unsent;
+            }
         }
         Self {
             failure,
@@ -285,7 +292,7 @@ pub(super) fn is_owned(extensions: &Extensions) -> bool {
 pub(super) fn finally<R>(result: Result<Response<R>, Error>, sent: Sent) -> Attempts<R> {
     match result {
         Ok(response) => Ok(response.map(|body| response::Body::new(body, None))),
-        Err(error) => Err(error.with_sent_at_least(sent)),
+        Err(error) => Err(error.with_sent_at_least(sent).given_up()),
     }
 }
 
