@@ -695,3 +695,62 @@ fn what_grpc_allows_in_a_retry_policy_is_taken() {
         ServiceConfig::from_json(&json).unwrap();
     }
 }
+
+// A call is repeated once because a peer has refused it, and that is all, also of one that is hedged.
+#[tokio::test(start_paused = true)]
+async fn a_hedged_call_that_is_refused_is_repeated_once_uncounted() {
+    let calls = Arc::new(AtomicUsize::new(0));
+    let count = calls.clone();
+    let refusing = service_fn(move |_: http::Request<Body>| {
+        count.fetch_add(1, SeqCst);
+        async {
+            let error = Error::new(Kind::Refused).with_sent(Sent::Unprocessed);
+            Err::<http::Response<Body>, _>(error)
+        }
+    });
+    let policy = HedgingPolicy::new(2, ms(50)).unwrap();
+    let policy = policy.non_fatal([Code::Unavailable]).unwrap();
+    let service = RetryLayer::new(policy).layer(refusing);
+    let request = http::Request::new(Body::empty());
+    let error = service.oneshot(request).await.unwrap_err();
+    assert_eq!(error.sent(), Sent::Unprocessed);
+    assert_eq!(calls.load(SeqCst), 3);
+}
+
+/// Says in its body's trailers what it is told to.
+fn trailing(
+    codes: &'static [u16],
+) -> (
+    Arc<AtomicUsize>,
+    impl Service<http::Request<Body>, Response = http::Response<Body>, Error = BoxError, Future: Send>
+    + Clone,
+) {
+    let calls = Arc::new(AtomicUsize::new(0));
+    let count = calls.clone();
+    let service = service_fn(move |_: http::Request<Body>| {
+        let n = count.fetch_add(1, SeqCst);
+        async move {
+            let mut trailers = http::HeaderMap::new();
+            trailers.insert("grpc-status", codes[n % codes.len()].into());
+            let body = http_body_util::Full::new(Bytes::from_static(&[0; 5]));
+            let body = body.with_trailers(std::future::ready(Some(Ok(trailers))));
+            Ok::<_, BoxError>(http::Response::new(Body::new(body)))
+        }
+    });
+    (calls, service)
+}
+
+// Scenario 22, and what trailers count for.
+#[tokio::test(start_paused = true)]
+async fn what_fails_in_its_trailers_is_not_repeated_and_counts_for_the_bucket() {
+    let (calls, service) = trailing(&[14]);
+    let config = ServiceConfig::from(paused(3, ms(1)));
+    let config = config.throttling(Throttling::new(2, 1.0).unwrap());
+    let mut retry = RetryLayer::new(config).layer(service);
+    let request = || http::Request::new(Body::empty());
+    for _ in 0..2 {
+        let response = (&mut retry).oneshot(request()).await.unwrap();
+        response.into_body().collect().await.unwrap();
+    }
+    assert_eq!(calls.load(SeqCst), 2);
+}

@@ -245,7 +245,11 @@ where
             }
             Nature::Final => return Outcome::Fatal(result),
             // As if it had not been made.
-            Nature::Lost | Nature::Refused if self.remade < MOST_REMADE => {
+            Nature::Lost | Nature::Refused
+                if self.remade < MOST_REMADE
+                    && (failure.nature == Nature::Lost || !call.progress.refused) =>
+            {
+                call.progress.refused |= failure.nature == Nature::Refused;
                 self.remade += 1;
                 self.made = self.made.saturating_sub(1);
                 self.next = Next::Now;
