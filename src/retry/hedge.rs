@@ -238,7 +238,7 @@ where
                 self.not_made(result);
                 return Outcome::Another;
             }
-            Nature::Final if !is_alone && is_limit(&result) => {
+            Nature::Final if !is_alone && is_not_let_in(&result) => {
                 self.next = Next::No;
                 self.not_made(result);
                 return Outcome::Another;
@@ -284,9 +284,9 @@ where
     }
 }
 
-/// Whether a limit of this process has refused it.
-fn is_limit<T>(result: &Result<T, Error>) -> bool {
-    matches!(result, Err(error) if error.kind() == Kind::Limit)
+/// Whether this process has refused it: by a limit, or because it stops, where those under way may still have some time.
+fn is_not_let_in<T>(result: &Result<T, Error>) -> bool {
+    matches!(result, Err(error) if error.sent() == Sent::Unsent && matches!(error.kind(), Kind::Limit | Kind::Stopped))
 }
 
 /// After this delay, if there is the time for it, and something to wait by.
