@@ -754,3 +754,62 @@ async fn what_fails_in_its_trailers_is_not_repeated_and_counts_for_the_bucket() 
     }
     assert_eq!(calls.load(SeqCst), 2);
 }
+
+// Law 1: nothing hangs, not during stop.
+#[tokio::test]
+async fn calls_between_two_attempts_end_when_the_manager_stops() {
+    let server = EchoServer::start("a");
+    let hour = Duration::from_secs(100);
+    let hedged = HedgingPolicy::new(2, ms(10)).unwrap();
+    let hedged = hedged.non_fatal([Code::Unavailable]).unwrap();
+    for hedges in [false, true] {
+        let manager = manager(&[&server]);
+        match hedges {
+            false => manager.configure("echo", paused(3, hour)).unwrap(),
+            true => manager.configure("echo", hedged).unwrap(),
+        }
+        let channel = manager.channel("echo");
+        let mut failure = Status::unavailable("as scripted");
+        if hedges {
+            let pushback = tonic::metadata::MetadataValue::from_static("100000");
+            failure
+                .metadata_mut()
+                .insert("grpc-retry-pushback-ms", pushback);
+        }
+        let before = server.seen.finished.load(SeqCst);
+        server.seen.fail_with([failure]);
+        let pausing = tokio::spawn(async move { call(&channel, slow(0)).await });
+        eventually("it has failed", || {
+            server.seen.finished.load(SeqCst) > before
+        })
+        .await;
+        time::sleep(ms(50)).await;
+        assert!(!pausing.is_finished());
+        let began = Instant::now();
+        manager.stop().await;
+        let ended = time::timeout(Duration::from_secs(3), pausing).await;
+        let status = ended
+            .expect("it ends with the manager")
+            .unwrap()
+            .unwrap_err();
+        assert!(began.elapsed() < Duration::from_secs(1));
+        assert_eq!(status.code(), Code::Cancelled, "{status}");
+        assert_eq!(Error::of(&status).map(Error::sent), Some(Sent::Sent));
+    }
+}
+
+// What is in flight has its grace, also if it is hedged.
+#[tokio::test]
+async fn a_hedged_call_finishes_within_the_grace_of_a_stop() {
+    let server = EchoServer::start("a");
+    let manager = manager(&[&server]);
+    manager
+        .configure("echo", HedgingPolicy::new(2, ms(200)).unwrap())
+        .unwrap();
+    let channel = manager.channel("echo");
+    let hedged = tokio::spawn(async move { call(&channel, slow(600)).await });
+    eventually("it is there", || server.seen.started.load(SeqCst) == 1).await;
+    manager.stop_gracefully(Duration::from_secs(5)).await;
+    hedged.await.unwrap().expect("it has had the time");
+    assert_eq!(server.seen.started.load(SeqCst), 1);
+}

@@ -336,7 +336,9 @@ impl Owner for Handle {
     }
 
     fn sleep(&self, duration: Duration) -> Result<Pause, Error> {
-        Ok(self.0.pool.sleep(duration))
+        let pool = &self.0.pool;
+        // The next attempt finds out why.
+        Ok(pool.sleep(duration).unless(pool.shared().clone().stopped()))
     }
 }
 

@@ -346,6 +346,19 @@ impl<S> Shared<S> {
         changed
     }
 
+    /// Returns when the pool has stopped.
+    #[cfg(feature = "manager")]
+    pub(crate) async fn stopped(self: Arc<Self>) {
+        loop {
+            // Interest first: nothing that happens after the look is missed.
+            let changed = self.next_change();
+            if matches!(self.snapshot.load().resolution, Resolution::Stopped(_)) {
+                return;
+            }
+            changed.await;
+        }
+    }
+
     /// Why no endpoint could be picked from this snapshot, and whether it is worth waiting.
     fn unpicked(
         &self,

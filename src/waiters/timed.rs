@@ -121,7 +121,10 @@ impl<H: Holder> Timed<H> {
 }
 
 /// A sleep, which also ends with the runtime that it is on: whoever it was for looks at the clock, or at what else has ended.
-pub(crate) struct Pause(Pin<Box<Sleep>>);
+pub(crate) struct Pause {
+    sleep: Pin<Box<Sleep>>,
+    unless: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
+}
 
 impl Pause {
     /// On the runtime that the call is on, or on this one if it is on none, or on one without a timer: nobody else has to
@@ -129,18 +132,39 @@ impl Pause {
     pub(crate) fn with(runtime: &runtime::Handle, duration: Duration) -> Self {
         sleep(duration).unwrap_or_else(|_| {
             let _entered = runtime.enter();
-            Self(Box::pin(time::sleep(duration)))
+            Self::new(duration)
         })
+    }
+
+    /// On this runtime.
+    fn new(duration: Duration) -> Self {
+        Self {
+            sleep: Box::pin(time::sleep(duration)),
+            unless: None,
+        }
+    }
+
+    /// It is over when this is, too.
+    #[cfg(feature = "manager")]
+    pub(crate) fn unless(mut self, over: impl Future<Output = ()> + Send + Sync + 'static) -> Self {
+        self.unless = Some(Box::pin(over));
+        self
     }
 
     #[cfg(feature = "manager")]
     pub(crate) fn is_over(&self) -> bool {
-        self.0.deadline() <= time::Instant::now()
+        self.sleep.deadline() <= time::Instant::now()
     }
 
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(over) = &mut self.unless
+            && over.as_mut().poll(cx).is_ready()
+        {
+            self.unless = None;
+            return Poll::Ready(());
+        }
         // Tokio panics where the runtime has ended, and has no way to ask.
-        let sleep = AssertUnwindSafe(|| self.0.as_mut().poll(cx));
+        let sleep = AssertUnwindSafe(|| self.sleep.as_mut().poll(cx));
         panic::catch_unwind(sleep).unwrap_or(Poll::Ready(()))
     }
 }
@@ -155,7 +179,8 @@ impl Future for Pause {
 
 impl fmt::Debug for Pause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Pause").field(&self.0.deadline()).finish()
+        let deadline = self.sleep.deadline();
+        f.debug_tuple("Pause").field(&deadline).finish()
     }
 }
 
@@ -168,5 +193,5 @@ pub(crate) fn sleep(duration: Duration) -> Result<Pause, Error> {
         let why = "it has to wait, in a tokio runtime without enable_time";
         return Err(Error::invalid("call", why));
     }
-    Ok(Pause(Box::pin(time::sleep(duration))))
+    Ok(Pause::new(duration))
 }
