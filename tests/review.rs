@@ -813,3 +813,24 @@ async fn a_hedged_call_finishes_within_the_grace_of_a_stop() {
     hedged.await.unwrap().expect("it has had the time");
     assert_eq!(server.seen.started.load(SeqCst), 1);
 }
+
+// Law 1.
+#[tokio::test]
+async fn a_call_whose_own_request_is_at_fault_says_whose_it_is() {
+    let server = EchoServer::start("a");
+    let manager = manager(&[&server]);
+    let channel = manager.channel("echo");
+    let fails = stream::iter([Err::<http_body::Frame<Bytes>, _>(Status::aborted(
+        "as asked",
+    ))]);
+    let body = http_body_util::StreamBody::new(fails);
+    let request = http::Request::new(Body::new(body));
+    let failed = channel.clone().oneshot(request).await.unwrap_err();
+    assert_eq!(failed.kind(), Kind::RequestBody);
+    let mut request = http::Request::new(Body::empty());
+    let soon = http::HeaderValue::from_static("soon");
+    request.headers_mut().insert("grpc-timeout", soon);
+    let invalid = channel.oneshot(request).await.unwrap_err();
+    assert_eq!(invalid.kind(), Kind::Invalid);
+    assert_eq!([failed.role(), invalid.role()], [Some("echo"); 2]);
+}

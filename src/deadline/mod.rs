@@ -247,9 +247,11 @@ impl Watch for Time {
         (says_so(status) && self.timed.is_expired()).then(|| exceeded(self.timeout))
     }
 
-    fn knows_better_than(&mut self, failure: &Error) -> Option<Error> {
-        (is_reset_so(failure) && self.timed.is_expired())
-            .then(|| exceeded(self.timeout).with_names_of(failure))
+    fn or_better(&mut self, failure: Error) -> Error {
+        match is_reset_so(&failure) && self.timed.is_expired() {
+            true => exceeded(self.timeout).with_names_of(&failure),
+            false => failure,
+        }
     }
 }
 

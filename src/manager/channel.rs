@@ -200,7 +200,7 @@ impl Service<Request<tonic::body::Body>> for Channel {
         }
         let asked = match timeout_of(request.headers()) {
             Ok(asked) => asked,
-            Err(error) => return ResponseFuture::failed(error),
+            Err(error) => return ResponseFuture::failed(error.with_role(&pool.role_arc())),
         };
         let config = handle.target().config();
         let (configured, wait_for_ready, repeat) = match config.is_plain() {
@@ -399,9 +399,14 @@ impl Watch for Ends {
             .then(|| self.over(Over::Expired))
     }
 
-    fn knows_better_than(&mut self, failure: &Error) -> Option<Error> {
-        (self.timed.is_timed() && is_reset_so(failure) && self.timed.is_expired())
-            .then(|| self.over(Over::Expired).with_names_of(failure))
+    fn or_better(&mut self, failure: Error) -> Error {
+        if self.timed.is_timed() && is_reset_so(&failure) && self.timed.is_expired() {
+            return self.over(Over::Expired).with_names_of(&failure);
+        }
+        match failure.role() {
+            Some(_) => failure,
+            None => self.named(failure),
+        }
     }
 }
 

@@ -26,10 +26,9 @@ pub(crate) trait Watch {
         None
     }
 
-    /// The same of a failure inside.
-    fn knows_better_than(&mut self, failure: &Error) -> Option<Error> {
-        let _ = failure;
-        None
+    /// The same of a failure inside; or the failure itself, with what it does not say.
+    fn or_better(&mut self, failure: Error) -> Error {
+        failure
     }
 }
 
@@ -111,8 +110,10 @@ where
                     Ok(response) => response,
                     Err(error) => {
                         let error = Error::from_service(error.into());
-                        let better = watch.as_mut().and_then(|w| w.knows_better_than(&error));
-                        return Poll::Ready(Err(better.unwrap_or(error)));
+                        return Poll::Ready(Err(match &mut watch {
+                            Some(watch) => watch.or_better(error),
+                            None => error,
+                        }));
                     }
                 };
                 if let Some(watch) = &mut watch
@@ -212,21 +213,30 @@ where
         let Some(inner) = this.inner.as_mut().as_pin_mut() else {
             return Poll::Ready(None);
         };
-        let frame = inner.poll_frame(cx);
-        // There was a response.
-        let failed = |error: B::Error| Error::from_service(error.into()).with_sent(Sent::Sent);
-        let frame = frame.map_err(failed);
+        let frame = match inner.poll_frame(cx) {
+            Poll::Ready(Some(Err(error))) => {
+                // There was a response.
+                let failure = Error::from_service(error.into()).with_sent(Sent::Sent);
+                let failure = match this.watch.take() {
+                    Some(mut watch) => watch.or_better(failure),
+                    None => failure,
+                };
+                return Poll::Ready(Some(Err(failure)));
+            }
+            Poll::Ready(Some(Ok(frame))) => Poll::Ready(Some(frame)),
+            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+        };
         let over = match (&frame, this.watch.as_mut()) {
             (_, None) => None,
             (Poll::Pending, Some(watch)) => match watch.poll_over(cx) {
                 Poll::Ready(error) => Some(error),
                 Poll::Pending => None,
             },
-            (Poll::Ready(Some(Ok(frame))), Some(watch)) => match frame.trailers_ref() {
+            (Poll::Ready(Some(frame)), Some(watch)) => match frame.trailers_ref() {
                 Some(trailers) => watch.knows_better(trailers),
                 None => watch.is_over(),
             },
-            (Poll::Ready(Some(Err(failure))), Some(watch)) => watch.knows_better_than(failure),
             (Poll::Ready(None), Some(_)) => None,
         };
         if let Some(error) = over {
@@ -239,11 +249,11 @@ where
             return Poll::Ready(Some(Err(error)));
         }
         match &frame {
-            Poll::Ready(Some(Ok(frame))) if frame.is_data() => {}
+            Poll::Ready(Some(frame)) if frame.is_data() => {}
             // It is at its end: nobody has to be woken for it.
             Poll::Ready(_) => *this.watch = None,
             Poll::Pending => {}
         }
-        frame
+        frame.map(|frame| frame.map(Ok))
     }
 }
