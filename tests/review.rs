@@ -834,3 +834,36 @@ async fn a_call_whose_own_request_is_at_fault_says_whose_it_is() {
     assert_eq!(invalid.kind(), Kind::Invalid);
     assert_eq!([failed.role(), invalid.role()], [Some("echo"); 2]);
 }
+
+/// Is never ready, and says so with an error.
+#[derive(Clone)]
+struct Closed;
+
+impl Service<http::Request<Body>> for Closed {
+    type Response = http::Response<Body>;
+    type Error = BoxError;
+    type Future = std::future::Pending<Result<http::Response<Body>, BoxError>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        Poll::Ready(Err("closed".into()))
+    }
+
+    fn call(&mut self, _: http::Request<Body>) -> Self::Future {
+        std::future::pending()
+    }
+}
+
+// What was not called has not been executed.
+#[tokio::test]
+async fn a_call_of_a_service_that_is_not_ready_was_not_sent() {
+    let request = || http::Request::new(Body::empty());
+    let deadline = DeadlineLayer::new(ms(100)).layer(Closed);
+    let cancel = CancelLayer::new(CancelToken::new()).layer(Closed);
+    let retry = RetryLayer::transparent().layer(Closed);
+    let errors = [
+        deadline.oneshot(request()).await.unwrap_err(),
+        cancel.oneshot(request()).await.unwrap_err(),
+        retry.oneshot(request()).await.unwrap_err(),
+    ];
+    assert_eq!(errors.map(|error| error.sent()), [Sent::Unsent; 3]);
+}

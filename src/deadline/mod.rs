@@ -176,7 +176,7 @@ where
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         self.inner
             .poll_ready(cx)
-            .map_err(|error| Error::from_service(error.into()))
+            .map_err(|error| Error::from_ready(error.into()))
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {

@@ -299,6 +299,11 @@ impl Error {
         }
     }
 
+    /// The same of a service inside that cannot be called: no call has got anywhere.
+    pub(crate) fn from_ready(error: BoxError) -> Self {
+        Self::from_service(error).with_sent(Sent::Unsent)
+    }
+
     // A status made before a change would tell the old story.
     fn changed(mut self) -> Self {
         self.0.status = OnceLock::new();

@@ -284,7 +284,7 @@ where
                 StateProj::Readying { service, cancel } => {
                     ready!(in_turn(cx));
                     let ready = match service.poll_ready(cx) {
-                        Poll::Ready(ready) => ready.map_err(|e| Error::from_service(e.into())),
+                        Poll::Ready(ready) => ready.map_err(|e| Error::from_ready(e.into())),
                         Poll::Pending => {
                             ready!(poll_cancel(cancel, cx));
                             Err(cancelled_error().with_sent(Sent::Unsent))

@@ -200,7 +200,7 @@ where
                 Next::Readying(service) => {
                     if let Err(error) = ready!(service.poll_ready(cx)) {
                         self.next = Next::No;
-                        self.not_made(Err(Error::from_service(error.into())));
+                        self.not_made(Err(Error::from_ready(error.into())));
                         return Poll::Pending;
                     }
                     self.made += 1;

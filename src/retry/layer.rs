@@ -239,7 +239,7 @@ where
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         self.inner
             .poll_ready(cx)
-            .map_err(|error| Error::from_service(error.into()))
+            .map_err(|error| Error::from_ready(error.into()))
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
