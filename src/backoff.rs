@@ -70,6 +70,23 @@ impl Backoff {
         })
     }
 
+    /// As gRPC's retry policies have it: anything above zero, for attempts that are few. Delays over a day are a day.
+    #[cfg(feature = "service-config")]
+    pub(crate) fn of_policy(
+        initial: Duration,
+        multiplier: f64,
+        max: Duration,
+        jitter: f64,
+    ) -> Self {
+        let max = max.min(Self::LONGEST);
+        Self {
+            initial: initial.min(max),
+            multiplier,
+            max,
+            jitter,
+        }
+    }
+
     /// The same delay every time, spread by `± jitter`; for probes.
     ///
     /// # Errors

@@ -262,7 +262,7 @@ where
             && let Poll::Ready(result) = self.inner.poll_ready(cx)
         {
             self.waiting = None;
-            return Poll::Ready(result.map_err(|error| Error::from_service(error.into())));
+            return Poll::Ready(result.map_err(|error| Error::from_ready(error.into())));
         }
         // Waiting => (waiting | cancelled)
         let waiting = self

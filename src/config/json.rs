@@ -51,7 +51,7 @@ impl ServiceConfig {
     /// not known is left alone, and null is as if it were not there.
     ///
     /// A `retryPolicy` is [idempotent](RetryPolicy::idempotent): to list a code is gRPC's way to allow the repetition. Its
-    /// delays are spread by ± 20 %; a largest delay under the first one is the first too. More than five attempts are five. Of
+    /// delays are spread by ± 20 %; a largest delay under the first one is the first too, and one over a day is a day. More than five attempts are five. Of
     /// `loadBalancingConfig` the first policy that is known counts, which is `least_request_experimental` with a choice of two: a
     /// pool does nothing else.
     ///
@@ -169,11 +169,10 @@ fn retry_policy(policy: &At<'_>) -> Result<RetryPolicy, Error> {
     }
     let multiplier = policy.needs("backoffMultiplier")?;
     let factor = multiplier.number()?;
-    if factor.is_nan() || factor <= 0.0 {
+    if !factor.is_finite() || factor <= 0.0 {
         return Err(multiplier.is(format!("{factor} is not more than zero")));
     }
-    let first = first.min(most);
-    let backoff = Backoff::new(first, factor, most, 0.2).map_err(|error| policy.wrong(&error))?;
+    let backoff = Backoff::of_policy(first, factor, most, 0.2);
     let codes = policy.needs("retryableStatusCodes")?;
     let read = read
         .on(codes_of(policy, "retryableStatusCodes")?)

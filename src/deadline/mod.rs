@@ -14,6 +14,7 @@ use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tokio::runtime;
+use tonic::Code;
 use tower_layer::Layer;
 use tower_service::Service;
 
@@ -179,7 +180,7 @@ where
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         self.inner
             .poll_ready(cx)
-            .map_err(|error| Error::from_service(error.into()))
+            .map_err(|error| Error::from_ready(error.into()))
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
@@ -260,6 +261,13 @@ impl Watch for Time {
     fn knows_better(&mut self, status: &HeaderMap) -> Option<Error> {
         (says_so(status) && self.timed.is_expired()).then(|| exceeded(self.timeout))
     }
+
+    fn or_better(&mut self, failure: Error) -> Error {
+        match is_reset_so(&failure) && self.timed.is_expired() {
+            true => exceeded(self.timeout).with_names_of(&failure),
+            false => failure,
+        }
+    }
 }
 
 /// Whether this may be a server's word that the call's time is up, which can come an instant before it is found out
@@ -268,6 +276,12 @@ impl Watch for Time {
 pub(crate) fn says_so(status: &HeaderMap) -> bool {
     let code = find(status, &GRPC_STATUS).map(HeaderValue::as_bytes);
     matches!(code, Some(b"1" | b"4"))
+}
+
+/// The same of a server that resets the stream then: grpc-go's does, with CANCEL.
+pub(crate) fn is_reset_so(failure: &Error) -> bool {
+    matches!(failure.kind(), Kind::Reset | Kind::Service)
+        && matches!(failure.code(), Code::Cancelled | Code::DeadlineExceeded)
 }
 
 /// The error of a call whose time is up while it is under way.

@@ -34,6 +34,8 @@ struct Inner {
     peer: Option<Arc<Peer>>,
     detail: Detail,
     source: Option<SharedError>,
+    /// Whoever makes calls again has given up: what may be repeated uncounted, was.
+    given_up: bool,
     // Put together when first asked for: a call that fails in a loop pays for no words nobody reads.
     status: OnceLock<Status>,
 }
@@ -143,6 +145,7 @@ impl Error {
             peer: None,
             detail: Detail::None,
             source: None,
+            given_up: false,
             status: OnceLock::new(),
         }))
     }
@@ -257,6 +260,24 @@ impl Error {
         self.changed()
     }
 
+    /// Says that whoever makes calls again has given up.
+    pub(crate) fn given_up(mut self) -> Self {
+        self.0.given_up = true;
+        self
+    }
+
+    /// Whether somebody inside has repeated it, uncounted, as often as it may be.
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.0.given_up
+    }
+
+    /// Names the role and the peer that the other one names.
+    pub(crate) fn with_names_of(mut self, other: &Self) -> Self {
+        self.0.role = other.0.role.clone().or(self.0.role);
+        self.0.peer = other.0.peer.clone().or(self.0.peer);
+        self.changed()
+    }
+
     pub(crate) fn unready(mut self, known: usize, sample: Vec<Trouble>) -> Self {
         self.0.detail = Detail::Unready { known, sample };
         self.changed()
@@ -276,6 +297,11 @@ impl Error {
                 .with_sent(Sent::Sent)
                 .with_source(other),
         }
+    }
+
+    /// The same of a service inside that cannot be called: no call has got anywhere.
+    pub(crate) fn from_ready(error: BoxError) -> Self {
+        Self::from_service(error).with_sent(Sent::Unsent)
     }
 
     // A status made before a change would tell the old story.

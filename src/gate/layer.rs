@@ -189,7 +189,7 @@ where
                         self.polled = Polled::Ready;
                         Ok(())
                     }
-                    Err(error) => Err(Error::from_service(error.into())),
+                    Err(error) => Err(Error::from_ready(error.into())),
                 });
             }
             ready!(self.poll_shuts(cx));

@@ -16,14 +16,14 @@ use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tokio::{runtime, time::Sleep};
+use tokio::runtime;
 use tower_service::Service;
 
 use crate::{
     CancelToken, InstanceId, RetryLayer, WaitForReady,
     cancel::cancelled_error,
     config::Repeat,
-    deadline::{GRPC_TIMEOUT, exceeded, header_of, says_so, timeout_of},
+    deadline::{GRPC_TIMEOUT, exceeded, header_of, is_reset_so, says_so, timeout_of},
     error::{Error, Kind, Sent},
     pool::{self, Pool, in_turn},
     retry::{self, Calls, OwnTarget, Owner, Spare, Target, is_bare},
@@ -31,7 +31,7 @@ use crate::{
     waiters::{
         Holder, NEVER, Over, Table, Timers, Waiter, after,
         guard::{Head, Rest, Watch},
-        timed::Timed,
+        timed::{Pause, Timed},
     },
 };
 
@@ -200,7 +200,7 @@ impl Service<Request<tonic::body::Body>> for Channel {
         }
         let asked = match timeout_of(request.headers()) {
             Ok(asked) => asked,
-            Err(error) => return ResponseFuture::failed(error),
+            Err(error) => return ResponseFuture::failed(error.with_role(&pool.role_arc())),
         };
         let config = handle.target().config();
         let (configured, wait_for_ready, repeat) = match config.is_plain() {
@@ -345,8 +345,10 @@ impl Owner for Handle {
         self.0.pool.is_pinned()
     }
 
-    fn sleep(&self, duration: Duration) -> Result<Pin<Box<Sleep>>, Error> {
-        Ok(self.0.pool.sleep(duration))
+    fn sleep(&self, duration: Duration) -> Result<Pause, Error> {
+        let pool = &self.0.pool;
+        // The next attempt finds out why.
+        Ok(pool.sleep(duration).unless(pool.shared().clone().stopped()))
     }
 }
 
@@ -359,9 +361,13 @@ impl Spare<Pool<Connection>> for Handle {
 // === impl Ends ===
 
 impl Ends {
+    fn named(&self, error: Error) -> Error {
+        error.with_role(&self.timed.holder().0.pool.role_arc())
+    }
+
     fn over(&self, over: Over) -> Error {
         match over {
-            Over::Expired => exceeded(self.timeout),
+            Over::Expired => self.named(exceeded(self.timeout)),
             Over::Cancelled => stopped_error(&self.timed.holder().0.pool),
             Over::Untimed | Over::Moved => Error::new(Kind::Internal).with_sent(Sent::Sent),
         }
@@ -374,7 +380,7 @@ impl Watch for Ends {
         if let Some(token) = &mut self.token
             && token.poll(cx).is_ready()
         {
-            return Poll::Ready(cancelled_error());
+            return Poll::Ready(self.named(cancelled_error()));
         }
         match ready!(self.timed.poll(cx)) {
             Ok(over) => Poll::Ready(self.over(over)),
@@ -389,17 +395,27 @@ impl Watch for Ends {
             .as_ref()
             .is_some_and(|token| token.is_cancelled())
         {
-            return Some(cancelled_error());
+            return Some(self.named(cancelled_error()));
         }
         if self.timed.is_cancelled() {
             return Some(self.over(Over::Cancelled));
         }
-        self.timed.is_late().then(|| exceeded(self.timeout))
+        self.timed.is_late().then(|| self.over(Over::Expired))
     }
 
     fn knows_better(&mut self, status: &HeaderMap) -> Option<Error> {
         (self.timed.is_timed() && says_so(status) && self.timed.is_expired())
-            .then(|| exceeded(self.timeout))
+            .then(|| self.over(Over::Expired))
+    }
+
+    fn or_better(&mut self, failure: Error) -> Error {
+        if self.timed.is_timed() && is_reset_so(&failure) && self.timed.is_expired() {
+            return self.over(Over::Expired).with_names_of(&failure);
+        }
+        match failure.role() {
+            Some(_) => failure,
+            None => self.named(failure),
+        }
     }
 }
 
@@ -453,7 +469,9 @@ impl http_body::Body for ResponseBody {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
-        self.project().rest.poll_frame(cx)
+        let explain =
+            |body: &retry::ResponseBody<pool::Body<_>>, error| body.get_ref().explain(error);
+        self.project().rest.poll_with(cx, explain)
     }
 
     fn is_end_stream(&self) -> bool {

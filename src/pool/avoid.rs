@@ -130,6 +130,11 @@ impl Avoid {
         }
     }
 
+    /// Whether the last attempt went there.
+    pub(super) fn is_last<S>(&self, ready: &Ready<S>) -> bool {
+        Rank::of(ready, &self.lock()) == Rank::Last
+    }
+
     /// No foreign code runs under it.
     fn lock(&self) -> MutexGuard<'_, Vec<Who>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)

@@ -10,7 +10,7 @@ use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
 
 use super::protocol::Call;
-use crate::error::{BoxError, Error};
+use crate::error::{BoxError, Error, Sent};
 
 pin_project! {
     /// A response body that counts as load at its peer until it has ended, failed or been dropped, and
@@ -39,6 +39,15 @@ impl<B> Body<B> {
     /// The body inside, to be changed.
     pub fn get_mut(&mut self) -> &mut B {
         &mut self.inner
+    }
+
+    /// An error from outside, such as a deadline, with the peer that the call is at.
+    #[cfg(feature = "manager")]
+    pub(crate) fn explain(&self, error: Error) -> Error {
+        match &self.call {
+            Some(call) if error.peer().is_none() => error.with_peer(&Arc::new(call.peer().clone())),
+            _ => error,
+        }
     }
 
     /// The body inside; the call is over as far as load goes.
@@ -79,7 +88,8 @@ where
                 Some(Ok(frame))
             }
             Some(Err(error)) => {
-                let error = Error::from_service(error.into());
+                // There was a response.
+                let error = Error::from_service(error.into()).with_sent(Sent::Sent);
                 Some(Err(match this.call.take() {
                     Some(call) if error.peer().is_none() => {
                         error.with_peer(&Arc::new(call.peer().clone()))

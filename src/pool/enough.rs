@@ -2,8 +2,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::Instant;
-
 use super::{
     service::{Pool, Shared},
     snapshot::{Entry, Resolution, Snapshot},
@@ -27,7 +25,7 @@ impl<S, P> Pool<S, P> {
     ) -> Result<Vec<EndpointStatus>, Error> {
         let shared = self.shared();
         let _held = shared.interest.hold();
-        // On the pool's own runtime: whoever waits may be in none.
+        // On the pool's own runtime, if whoever waits is in none.
         let mut time_up = self.sleep(within);
         let mut last = false;
         loop {
@@ -52,7 +50,7 @@ impl<S, P> Pool<S, P> {
             tokio::select! {
                 biased;
                 // Also where each look finds something new, one is the last.
-                () = changed => last = time_up.deadline() <= Instant::now(),
+                () = changed => last = time_up.is_over(),
                 () = &mut time_up => last = true,
             }
         }

@@ -47,14 +47,10 @@ pub(crate) mod snapshot;
 pub mod status;
 mod wait;
 
-use std::{fmt, hash::Hash, panic, pin::Pin, sync::Arc, time::Duration};
+use std::{fmt, hash::Hash, panic, sync::Arc, time::Duration};
 
 use futures_core::Stream;
-use tokio::{
-    runtime,
-    sync::watch,
-    time::{self, Sleep},
-};
+use tokio::{runtime, sync::watch, time};
 use tower::discover::Discover;
 
 pub(crate) use self::wait::in_turn;
@@ -80,6 +76,7 @@ use crate::{
     endpoint::{BoxError, Connect, Provided, Target, UseProvided},
     error::{Error, Kind},
     events::Bus,
+    waiters::timed::Pause,
 };
 
 /// What a pool of a manager has that others do without.
@@ -225,10 +222,9 @@ where
 // === impl Handle ===
 
 impl Handle {
-    /// A sleep on the pool's own runtime: a call may be polled outside of any.
-    pub(crate) fn sleep(&self, duration: Duration) -> Pin<Box<Sleep>> {
-        let _entered = self.runtime.enter();
-        Box::pin(time::sleep(duration))
+    /// A sleep for a call, which may be polled outside of any runtime: on the pool's own then.
+    pub(crate) fn sleep(&self, duration: Duration) -> Pause {
+        Pause::with(&self.runtime, duration)
     }
 
     /// Whether the driver runs: neither was it stopped, nor has its runtime ended.

@@ -34,7 +34,7 @@ use super::{
 };
 use crate::error::{BoxError, Error};
 #[cfg(feature = "manager")]
-use crate::waiters::Timers;
+use crate::waiters::{Timers, timed::Pause};
 
 /// The balanced set of a role's endpoints, as a tower service.
 ///
@@ -186,9 +186,9 @@ impl<S, P> Pool<S, P> {
         self.pinned.is_some()
     }
 
-    /// A sleep on its own runtime.
+    /// A sleep for a call.
     #[cfg(feature = "manager")]
-    pub(crate) fn sleep(&self, duration: Duration) -> Pin<Box<tokio::time::Sleep>> {
+    pub(crate) fn sleep(&self, duration: Duration) -> Pause {
         self.inner.driver.sleep(duration)
     }
 
@@ -419,6 +419,9 @@ where
         loop {
             match this.state.as_mut().project() {
                 StateProj::Calling { response, call } => {
+                    if call.is_none() {
+                        return Poll::Ready(Err(polled_again()));
+                    }
                     let result = ready!(response.poll(cx));
                     let Some(call) = call.take() else {
                         return Poll::Ready(Err(polled_again()));

@@ -11,11 +11,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{
-    sync::futures::OwnedNotified,
-    task::coop,
-    time::{Instant, Sleep},
-};
+use tokio::{sync::futures::OwnedNotified, task::coop, time::Instant};
 use tower_service::Service;
 
 use super::{
@@ -29,10 +25,18 @@ use super::{
 use crate::{
     endpoint::{limiter::Place, ready::Ready},
     error::{BoxError, Error, Kind},
+    waiters::timed::Pause,
 };
 
 /// How many endpoints that are not ready for a call it waits for at a time.
 const CANDIDATES: usize = 4;
+
+/// How many others it looks at when those are busy: not at all of a large pool, for each of many calls that wait.
+const OTHERS: usize = 16;
+
+/// How long a call waits for those, until it looks whether another is free: this long first, then longer and longer.
+const SOON: Duration = Duration::from_millis(20);
+const LATE: Duration = Duration::from_secs(1);
 
 /// A request is told of a wait that was longer.
 const TOLD: Duration = Duration::from_millis(1);
@@ -47,7 +51,10 @@ pub(super) struct Slow<S, Req> {
     request: Option<Req>,
     candidates: Vec<Candidate<S>>,
     changed: Pin<Box<OwnedNotified>>,
-    time_up: Pin<Box<Sleep>>,
+    time_up: Pause,
+    /// When it looks for others than its candidates, if there are any, and how long after that again.
+    look: Option<Pause>,
+    pause: Duration,
     began: Instant,
     /// Among those that may wait, once it has to.
     place: Option<Place>,
@@ -89,6 +96,8 @@ impl<S, Req> Slow<S, Req> {
             candidates: Vec::new(),
             changed: inner.shared.next_change(),
             time_up: inner.driver.sleep(config.max_wait),
+            look: None,
+            pause: SOON,
             place: None,
             began: Instant::now(),
             _held: inner.shared.interest.hold(),
@@ -131,7 +140,8 @@ where
     {
         loop {
             // Looking => (called | waiting | failed)
-            if self.candidates.is_empty() {
+            let is_first_look = self.candidates.is_empty();
+            if is_first_look {
                 let snapshot = self.inner.shared.snapshot.load();
                 let found: Vec<_> = match &self.avoid {
                     Some(avoid) if self.pinned.is_none() => avoid.candidates(&snapshot, CANDIDATES),
@@ -176,9 +186,9 @@ where
                     Poll::Pending => n += 1,
                 }
             }
-            if let Some((is_full, whose)) = full {
+            if let Some((is_full, whose)) = &full {
                 // One that was not among the few may have room.
-                match self.elsewhere(cx, is_full) {
+                match self.elsewhere(cx, Some(*is_full)) {
                     Ok(Some((candidate, places))) => {
                         return Poll::Ready(self.hand_over::<P>(candidate, places));
                     }
@@ -192,6 +202,17 @@ where
                     // Those that are left are waited for.
                     Ok(None) | Err(_) => {}
                 }
+            }
+            // The few are busy: one that is not among them may be free.
+            if full.is_none() && is_first_look && !self.candidates.is_empty() {
+                self.look = match self.elsewhere(cx, None) {
+                    Ok(Some((candidate, places))) => {
+                        return Poll::Ready(self.hand_over::<P>(candidate, places));
+                    }
+                    // These have no waker of this call.
+                    Ok(None) => Some(self.inner.driver.sleep(self.pause)),
+                    Err(_) => None,
+                };
             }
             if found > 0 && self.candidates.is_empty() {
                 // They went down, and are passed by at the next look.
@@ -207,24 +228,34 @@ where
             }
             // Waiting => (looking | failed). For the candidates, which have the waker, for the next
             // snapshot, or for the end of patience.
-            if self.time_up.as_mut().poll(cx).is_ready() {
+            if self.time_up.poll(cx).is_ready() {
                 return Poll::Ready(Err(self.waited()));
             }
-            ready!(self.changed.as_mut().poll(cx));
-            self.changed = self.inner.shared.next_change();
+            let is_time = match &mut self.look {
+                Some(look) => look.poll(cx).is_ready(),
+                None => false,
+            };
+            match is_time {
+                true => self.pause = LATE.min(2 * self.pause),
+                false => {
+                    ready!(self.changed.as_mut().poll(cx));
+                    self.changed = self.inner.shared.next_change();
+                }
+            }
+            self.look = None;
             self.candidates.clear();
         }
     }
 
-    /// Another that has room, where those that were looked at are full. It is here, or among the candidates if it is not
+    /// Another that has room, where those that were looked at are full or busy. It is here, or among the candidates if none is
     /// ready yet.
     fn elsewhere(
         &mut self,
         cx: &mut Context<'_>,
-        full: Full,
+        full: Option<Full>,
     ) -> Result<Option<(Candidate<S>, Places)>, Full> {
-        if full == Full::Role {
-            return Err(full);
+        if full == Some(Full::Role) {
+            return Err(Full::Role);
         }
         let shared = &self.inner.shared;
         let snapshot = shared.snapshot.load();
@@ -233,7 +264,14 @@ where
             waited_for.any(|candidate| Arc::ptr_eq(&candidate.ready, ready))
         };
         let others = snapshot.others(self.pinned.as_ref(), self.avoid.as_ref());
-        for other in others.filter(|other| !waited_for(other)) {
+        let mut busy = None;
+        // Whoever is busy is waited for rather than tried where the call has just failed.
+        let avoid = self.avoid.as_ref().filter(|_| full.is_none());
+        let failed = |ready: &Arc<Ready<S>>| avoid.is_some_and(|avoid| avoid.is_last(ready));
+        // A limit is none if it is not looked for everywhere.
+        let most = if full.is_some() { usize::MAX } else { OTHERS };
+        let others = others.filter(|other| !waited_for(other) && !failed(other));
+        for other in others.take(most) {
             let places = match shared.limits.admit(other, std::iter::empty) {
                 Ok((_, places)) => places,
                 Err(Full::Role) => return Err(Full::Role),
@@ -244,12 +282,13 @@ where
                 Poll::Ready(Ok(())) => return Ok(Some((candidate, places))),
                 Poll::Ready(Err(_)) => other.mark_down("it takes no new calls"),
                 Poll::Pending => {
-                    self.candidates.push(candidate);
-                    return Ok(None);
+                    busy.get_or_insert(candidate);
                 }
             }
         }
-        Err(full)
+        let busy = busy.ok_or(Full::Peer)?;
+        self.candidates.push(busy);
+        Ok(None)
     }
 
     /// An endpoint has the call.
@@ -311,6 +350,19 @@ impl<S> Shared<S> {
         let mut changed = Box::pin(self.changed.clone().notified_owned());
         changed.as_mut().enable();
         changed
+    }
+
+    /// Returns when the pool has stopped.
+    #[cfg(feature = "manager")]
+    pub(crate) async fn stopped(self: Arc<Self>) {
+        loop {
+            // Interest first: nothing that happens after the look is missed.
+            let changed = self.next_change();
+            if matches!(self.snapshot.load().resolution, Resolution::Stopped(_)) {
+                return;
+            }
+            changed.await;
+        }
     }
 
     /// Why no endpoint could be picked from this snapshot, and whether it is worth waiting.

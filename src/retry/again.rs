@@ -82,7 +82,7 @@ impl<W: Owner> Call<W> {
         self.sent = self.sent.max(attempted.sent);
         let policy = self.policy();
         let throttle = self.throttle();
-        let again = self.kept.source.is_there();
+        let again = self.kept.source.take_back();
         let verdict = self.progress.after(
             attempted.failure,
             again,
@@ -137,7 +137,7 @@ impl<W: Owner> Call<W> {
     }
 
     pub(super) fn throttle(&self) -> Option<Arc<Throttle>> {
-        match self.kept.owned {
+        match self.kept.counted {
             true => self.owner.target().throttle(),
             false => None,
         }
@@ -190,7 +190,7 @@ impl<W: Owner> Call<W> {
     pub(super) fn result<R>(&mut self, attempted: Attempted<R>) -> Attempts<R> {
         match self.before.take() {
             Some(before) if attempted.failure.nature == Nature::Unsent => {
-                Err(before.with_sent_at_least(self.sent))
+                Err(before.with_sent_at_least(self.sent).given_up())
             }
             _ => finally(attempted.result, self.sent),
         }
@@ -214,7 +214,7 @@ impl<W: Owner> Call<W> {
     ) -> Response<response::Body<R>> {
         let owner = &self.owner;
         let target = owner.target();
-        let mut counting = (self.kept.owned && target.is_throttled())
+        let mut counting = (self.kept.counted && target.is_throttled())
             .then(|| response::Counting::new(owner.own_target().of(target), codes(self)));
         // One that has nothing but trailers.
         if let Some(code) = counting.as_ref().and_then(|_| code_of(response.headers()))
@@ -240,10 +240,25 @@ impl<T> Attempted<T> {
         }
     }
 
-    pub(super) fn failed(error: impl Into<BoxError>, pinned: bool) -> Self {
+    pub(super) fn failed<W: Owner>(error: impl Into<BoxError>, call: &mut Call<W>) -> Self {
         let error = Error::from_service(error.into());
+        let mut failure = Failure::of_error(&error, call.is_pinned());
+        // A deadline inside is the attempt's own: another attempt has time.
+        if error.kind() == Kind::DeadlineExceeded && !call.kept.is_expired() {
+            failure.nature = match error.sent() {
+                Sent::Sent => Nature::Sent,
+                _ => Nature::Unsent,
+            };
+        }
+        // A layer inside has done this already.
+        if error.is_given_up() {
+            call.progress.refused = true;
+            if failure.nature == Nature::Lost {
+                failure.nature = Nature::Unsent;
+            }
+        }
         Self {
-            failure: Failure::of_error(&error, pinned),
+            failure,
             sent: error.sent(),
             peer: error.peer().cloned(),
             result: Err(error),
@@ -257,7 +272,7 @@ pub(super) fn repeat_of(extensions: &Extensions, configured: impl FnOnce() -> Re
     if is_bare(extensions) {
         return configured();
     }
-    if extensions.get::<Owned>().is_some() {
+    if is_owned(extensions) {
         return Repeat::Transparent;
     }
     if let Some(policy) = extensions.get::<RetryPolicy>() {
@@ -269,11 +284,17 @@ pub(super) fn repeat_of(extensions: &Extensions, configured: impl FnOnce() -> Re
     configured()
 }
 
+/// Whether somebody outside makes the call again.
+#[inline]
+pub(super) fn is_owned(extensions: &Extensions) -> bool {
+    !is_bare(extensions) && extensions.get::<Owned>().is_some()
+}
+
 /// The failure that is the call's.
 pub(super) fn finally<R>(result: Result<Response<R>, Error>, sent: Sent) -> Attempts<R> {
     match result {
         Ok(response) => Ok(response.map(|body| response::Body::new(body, None))),
-        Err(error) => Err(error.with_sent_at_least(sent)),
+        Err(error) => Err(error.with_sent_at_least(sent).given_up()),
     }
 }
 

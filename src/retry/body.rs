@@ -135,11 +135,11 @@ impl Source {
         }
     }
 
-    /// Whether it could be sent again.
-    pub(super) fn is_there(&self) -> bool {
+    /// Whether it can be sent again. It stays so: the attempt before, which may not know yet that it is over, reads no more.
+    pub(super) fn take_back(&self) -> bool {
         match self {
             Self::Whole(_) => true,
-            Self::Tape(tape) => !tape.lock().committed,
+            Self::Tape(tape) => tape.take_back(),
             Self::Spent => false,
         }
     }
@@ -157,6 +157,15 @@ impl Source {
 // === impl Tape ===
 
 impl Tape {
+    /// The attempt that reads does so no more; false if it has read too much for another to begin anew.
+    fn take_back(&self) -> bool {
+        let mut reel = self.lock();
+        if !reel.committed {
+            reel.attempt += 1;
+        }
+        !reel.committed
+    }
+
     /// A new attempt reads from the beginning, and the one before it no more.
     fn rewind(&self) -> Option<Body> {
         let mut reel = self.lock();
@@ -328,7 +337,7 @@ impl http_body::Body for Body {
             Form::Replay(replay) => {
                 let mut reel = replay.tape.lock();
                 if reel.attempt != replay.attempt {
-                    let why = "another attempt of the call has taken its place";
+                    let why = "the attempt is over, and another may take its place";
                     return Poll::Ready(Some(Err(Status::cancelled(why))));
                 }
                 reel.poll_next(cx)

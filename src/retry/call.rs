@@ -11,12 +11,11 @@ use std::{
 use bytes::Bytes;
 use http::{Request, Response};
 use pin_project_lite::pin_project;
-use tokio::time::Sleep;
 use tower_service::Service;
 
 use super::{
     Body,
-    again::{Attempted, Attempts, Call, polled_again, repeat_of},
+    again::{Attempted, Attempts, Call, is_owned, polled_again, repeat_of},
     body::Source,
     decide::{Failure, Nature, Verdict},
     hedge::Hedge,
@@ -27,9 +26,9 @@ use crate::{
     CancelToken,
     cancel::cancelled_error,
     config::Repeat,
-    error::{BoxError, Error},
+    error::{BoxError, Error, Sent},
     pool::in_turn,
-    waiters::Waiter,
+    waiters::{Waiter, timed::Pause},
 };
 
 pin_project! {
@@ -70,12 +69,13 @@ pin_project! {
             future: F,
         },
         Pausing {
-            sleep: Pin<Box<Sleep>>,
+            sleep: Pause,
             cancel: Option<Waiter<CancelToken>>,
         },
         // For the service that the next attempt goes to.
         Readying {
             service: S,
+            cancel: Option<Waiter<CancelToken>>,
         },
         Hedging {
             hedge: Box<Hedge<W, S, O>>,
@@ -131,14 +131,15 @@ impl<W, S: Service<Request<O>>, O> Calls<W, S, O> {
         error: Error,
         attempt: impl FnOnce(&S::Future, Error) -> Error,
     ) -> Error {
-        let error = match &self.state {
-            State::Attempt { future } => attempt(future, error),
-            State::Pausing { .. } => error.with_reason("between two attempts"),
+        match (&self.state, &self.call) {
+            (State::Attempt { future }, Some(call)) => {
+                attempt(future, error).with_sent_at_least(call.sent)
+            }
+            // There is no attempt under way: it has got as far as those before.
+            (State::Pausing { .. } | State::Readying { .. }, Some(call)) => error
+                .with_sent(call.sent)
+                .with_reason("between two attempts"),
             _ => error,
-        };
-        match &self.call {
-            Some(call) => error.with_sent_at_least(call.sent),
-            None => error,
         }
     }
 }
@@ -178,6 +179,7 @@ where
         };
         let mut call = Call::new(Kept::of(&head, source, at), owner);
         call.kept.owned = owned;
+        call.kept.counted = owned || !is_owned(&head.extensions);
         call.mark(&mut head.extensions);
         if hedging.is_some() {
             // The pool writes into it whom each attempt goes to, and passes them by.
@@ -215,10 +217,10 @@ where
             match this.state.as_mut().project() {
                 // Attempt => (done | Readying | Pausing)
                 StateProj::Attempt { future } => {
-                    let result = ready!(future.poll(cx));
                     let Some(call) = this.call.as_mut() else {
                         return Poll::Ready(Err(polled_again()));
                     };
+                    let result = ready!(future.poll(cx));
                     let attempted = match result {
                         Ok(response) => match Failure::of_response(&response) {
                             None => {
@@ -228,7 +230,7 @@ where
                             }
                             Some(failure) => Attempted::answered(response, failure),
                         },
-                        Err(error) => Attempted::failed(error, call.is_pinned()),
+                        Err(error) => Attempted::failed(error, call),
                     };
                     let pause = match call.after(&attempted) {
                         Verdict::Final => None,
@@ -255,13 +257,14 @@ where
                         },
                         None => State::Readying {
                             service: call.owner.spare(),
+                            cancel: call.cancel(),
                         },
                     });
                 }
                 // Pausing => (Readying | done)
                 StateProj::Pausing { sleep, cancel } => {
-                    let is_over = sleep.as_mut().poll(cx).is_ready();
-                    let is_cancelled = cancel.as_mut().is_some_and(|c| c.poll(cx).is_ready());
+                    let is_over = sleep.poll(cx).is_ready();
+                    let is_cancelled = poll_cancel(cancel, cx).is_ready();
                     let Some(call) = this.call.as_ref() else {
                         return Poll::Ready(Err(polled_again()));
                     };
@@ -274,18 +277,25 @@ where
                         return Poll::Pending;
                     }
                     let service = call.owner.spare();
-                    this.state.set(State::Readying { service });
+                    let cancel = cancel.take();
+                    this.state.set(State::Readying { service, cancel });
                 }
                 // Readying => (Attempt | done)
-                StateProj::Readying { service } => {
+                StateProj::Readying { service, cancel } => {
                     ready!(in_turn(cx));
-                    let ready = ready!(service.poll_ready(cx));
+                    let ready = match service.poll_ready(cx) {
+                        Poll::Ready(ready) => ready.map_err(|e| Error::from_ready(e.into())),
+                        Poll::Pending => {
+                            ready!(poll_cancel(cancel, cx));
+                            Err(cancelled_error().with_sent(Sent::Unsent))
+                        }
+                    };
                     let Some(call) = this.call.as_mut() else {
                         return Poll::Ready(Err(polled_again()));
                     };
                     let request = match ready {
                         Ok(()) => call.again(),
-                        Err(error) => Err(Error::from_service(error.into())),
+                        Err(error) => Err(error),
                     };
                     match request {
                         Ok(request) => {
@@ -306,6 +316,17 @@ where
                 }
             }
         }
+    }
+}
+
+/// Ready when the call's own token is cancelled.
+pub(super) fn poll_cancel(
+    cancel: &mut Option<Waiter<CancelToken>>,
+    cx: &mut Context<'_>,
+) -> Poll<()> {
+    match cancel {
+        Some(token) => token.poll(cx).map(drop),
+        None => Poll::Pending,
     }
 }
 

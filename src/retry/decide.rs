@@ -62,7 +62,7 @@ pub(super) struct Progress {
     /// Those since a server last said when to try again.
     since_pushback: u32,
     /// It was repeated once because a peer had not processed it.
-    refused: bool,
+    pub(super) refused: bool,
     /// Repeats in a row of what was never sent.
     lost: u32,
 }

@@ -9,18 +9,21 @@ use std::{
 };
 
 use http::{Request, Response};
-use tokio::time::Sleep;
 use tower_service::Service;
 
 use super::{
     Body, HedgingPolicy,
     again::{Attempted, Attempts, Call, finally, polled_again},
+    call::poll_cancel,
     decide::{Failure, Nature, Pushback},
     layer::{Owner, Spare},
 };
 use crate::{
+    CancelToken,
+    cancel::cancelled_error,
     error::{BoxError, Error, Kind, Sent},
     pool::in_turn,
+    waiters::{Waiter, timed::Pause},
 };
 
 /// How many of a call's attempts are made anew because they were not processed.
@@ -36,6 +39,8 @@ where
     call: Option<Call<W>>,
     under_way: Vec<Pin<Box<S::Future>>>,
     next: Next<S>,
+    /// What may cancel it while no attempt is under way.
+    cancel: Option<Waiter<CancelToken>>,
     /// Attempts that count.
     made: u32,
     /// Those that were made anew, and do not count.
@@ -49,7 +54,7 @@ enum Next<S> {
     Now,
     /// The service that it goes to is awaited.
     Readying(S),
-    After(Pin<Box<Sleep>>),
+    After(Pause),
     /// There is none.
     No,
 }
@@ -76,6 +81,7 @@ where
                 false => next_after(&call, policy.delay()),
             },
             policy,
+            cancel: call.cancel(),
             call: Some(call),
             under_way: vec![Box::pin(first)],
             made: 1,
@@ -96,7 +102,14 @@ where
         let Some(mut call) = self.call.take() else {
             return Poll::Ready(Err(polled_again()));
         };
-        let result = self.poll_call(&mut call, cx);
+        let result = match self.poll_call(&mut call, cx) {
+            // Those that are under way know for themselves.
+            Poll::Pending if self.under_way.is_empty() => {
+                let cancelled = poll_cancel(&mut self.cancel, cx);
+                cancelled.map(|()| Err(Err(cancelled_error().with_sent(Sent::Unsent))))
+            }
+            result => result,
+        };
         let Poll::Ready(result) = result else {
             self.call = Some(call);
             return Poll::Pending;
@@ -146,7 +159,7 @@ where
                         None => return Poll::Ready(Ok(response)),
                         Some(failure) => Attempted::answered(response, failure),
                     },
-                    Err(error) => Attempted::failed(error, call.is_pinned()),
+                    Err(error) => Attempted::failed(error, call),
                 };
                 match self.failed(call, attempted) {
                     Outcome::Fatal(failed) => return Poll::Ready(Err(failed)),
@@ -170,7 +183,7 @@ where
                 Next::No => return Poll::Pending,
                 // After => Now
                 Next::After(sleep) => {
-                    ready!(sleep.as_mut().poll(cx));
+                    ready!(sleep.poll(cx));
                     self.next = Next::Now;
                 }
                 // Now => (Readying | No)
@@ -187,7 +200,7 @@ where
                 Next::Readying(service) => {
                     if let Err(error) = ready!(service.poll_ready(cx)) {
                         self.next = Next::No;
-                        self.not_made(Err(Error::from_service(error.into())));
+                        self.not_made(Err(Error::from_ready(error.into())));
                         return Poll::Pending;
                     }
                     self.made += 1;
@@ -225,14 +238,18 @@ where
                 self.not_made(result);
                 return Outcome::Another;
             }
-            Nature::Final if !is_alone && is_limit(&result) => {
+            Nature::Final if !is_alone && is_not_let_in(&result) => {
                 self.next = Next::No;
                 self.not_made(result);
                 return Outcome::Another;
             }
             Nature::Final => return Outcome::Fatal(result),
             // As if it had not been made.
-            Nature::Lost | Nature::Refused if self.remade < MOST_REMADE => {
+            Nature::Lost | Nature::Refused
+                if self.remade < MOST_REMADE
+                    && (failure.nature == Nature::Lost || !call.progress.refused) =>
+            {
+                call.progress.refused |= failure.nature == Nature::Refused;
                 self.remade += 1;
                 self.made = self.made.saturating_sub(1);
                 self.next = Next::Now;
@@ -267,9 +284,9 @@ where
     }
 }
 
-/// Whether a limit of this process has refused it.
-fn is_limit<T>(result: &Result<T, Error>) -> bool {
-    matches!(result, Err(error) if error.kind() == Kind::Limit)
+/// Whether this process has refused it: by a limit, or because it stops, where those under way may still have some time.
+fn is_not_let_in<T>(result: &Result<T, Error>) -> bool {
+    matches!(result, Err(error) if error.sent() == Sent::Unsent && matches!(error.kind(), Kind::Limit | Kind::Stopped))
 }
 
 /// After this delay, if there is the time for it, and something to wait by.

@@ -46,6 +46,8 @@ pub(super) struct Kept {
     pub(super) at: u64,
     /// It is repeated here by a policy.
     pub(super) owned: bool,
+    /// It is for the throttle here, whether it is repeated or not: nobody outside repeats it.
+    pub(super) counted: bool,
 }
 
 /// Whether there is nothing but tonic's own word for the method, as in most calls.
@@ -78,6 +80,7 @@ impl Kept {
             source,
             at,
             owned: false,
+            counted: false,
         };
         for (name, value) in &head.headers {
             if name == TE && value == TRAILERS {

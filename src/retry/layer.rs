@@ -3,7 +3,6 @@
 use std::{
     fmt,
     marker::PhantomData,
-    pin::Pin,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     task::{Context, Poll},
     time::Duration,
@@ -12,7 +11,6 @@ use std::{
 use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use http::{Request, Response};
-use tokio::time::Sleep;
 use tower_layer::Layer;
 use tower_service::Service;
 
@@ -23,7 +21,10 @@ use crate::{
     config::{Repeat, ServiceConfig, SharedConfig},
     deadline::timeout_of,
     error::{BoxError, Error},
-    waiters::{NEVER, after, timed},
+    waiters::{
+        NEVER, after,
+        timed::{self, Pause},
+    },
 };
 
 /// Makes failed calls again where that is safe: over any tower service that speaks gRPC over HTTP/2.
@@ -39,6 +40,7 @@ use crate::{
 /// [`buffer`](RetryLayer::buffer). A response that has nothing but trailers has not begun: that is how a server says that a
 /// call failed before its first message. Each attempt tells the server how many there were before
 /// (`grpc-previous-rpc-attempts`) and how much time is left (`grpc-timeout`). A server's `grpc-retry-pushback-ms` is obeyed.
+/// A deadline inside ([`DeadlineLayer`](crate::DeadlineLayer)) is one of each attempt; a policy on `DEADLINE_EXCEEDED` repeats those.
 /// A [`Pool`](crate::Pool) below does not give an attempt to a peer that failed the call before, as long as there is another.
 ///
 /// ```
@@ -121,7 +123,7 @@ pub(crate) trait Owner {
     /// Whether all calls go to the same instance, or nowhere.
     fn is_pinned(&self) -> bool;
 
-    fn sleep(&self, duration: Duration) -> Result<Pin<Box<Sleep>>, Error>;
+    fn sleep(&self, duration: Duration) -> Result<Pause, Error>;
 }
 
 // === impl RetryLayer ===
@@ -246,7 +248,7 @@ where
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         self.inner
             .poll_ready(cx)
-            .map_err(|error| Error::from_service(error.into()))
+            .map_err(|error| Error::from_ready(error.into()))
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
@@ -308,7 +310,7 @@ impl<S> Owner for Shared<S> {
         false
     }
 
-    fn sleep(&self, duration: Duration) -> Result<Pin<Box<Sleep>>, Error> {
+    fn sleep(&self, duration: Duration) -> Result<Pause, Error> {
         timed::sleep(duration)
     }
 }
@@ -352,7 +354,7 @@ impl Target {
         }
     }
 
-    /// Whether calls that are made again by a policy are counted.
+    /// Whether how calls end is counted.
     #[inline]
     pub(super) fn is_throttled(&self) -> bool {
         self.config.is_throttled()

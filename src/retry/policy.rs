@@ -62,8 +62,8 @@ pub struct HedgingPolicy {
 /// When a service that fails is not burdened with more attempts
 /// ([A6](https://github.com/grpc/proposal/blob/master/A6-client-retries.md#throttling-retry-attempts-and-hedged-rpcs)).
 ///
-/// A bucket of tokens for each target, full in the beginning: a failure that a policy would repeat takes one out, a call that
-/// goes well puts `token_ratio` in. While it is half full or less, nothing is repeated by a policy and nothing hedged.
+/// A bucket of tokens for each target, full in the beginning: a failure that a policy would repeat takes one out, and so does a server's
+/// word not to try again; a call that goes well, whether it has a policy or not, puts `token_ratio` in. While it is half full or less, nothing is repeated by a policy and nothing hedged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Throttling {
     /// In thousandths, as is the ratio.

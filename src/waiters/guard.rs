@@ -10,7 +10,7 @@ use http::{HeaderMap, Response};
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
 
-use crate::error::{BoxError, Error, Kind};
+use crate::error::{BoxError, Error, Kind, Sent};
 
 /// What may end a call.
 pub(crate) trait Watch {
@@ -24,6 +24,11 @@ pub(crate) trait Watch {
     fn knows_better(&mut self, status: &HeaderMap) -> Option<Error> {
         let _ = status;
         None
+    }
+
+    /// The same of a failure inside; or the failure itself, with what it does not say.
+    fn or_better(&mut self, failure: Error) -> Error {
+        failure
     }
 }
 
@@ -105,7 +110,13 @@ where
                 let mut watch = this.watch.take();
                 let response = match result {
                     Ok(response) => response,
-                    Err(error) => return Poll::Ready(Err(Error::from_service(error.into()))),
+                    Err(error) => {
+                        let error = Error::from_service(error.into());
+                        return Poll::Ready(Err(match &mut watch {
+                            Some(watch) => watch.or_better(error),
+                            None => error,
+                        }));
+                    }
                 };
                 if let Some(watch) = &mut watch
                     && let Some(error) = watch.knows_better(response.headers())
@@ -171,35 +182,7 @@ where
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, Error>>> {
-        let mut this = self.project();
-        let Some(inner) = this.inner.as_mut().as_pin_mut() else {
-            return Poll::Ready(None);
-        };
-        let frame = inner.poll_frame(cx);
-        let over = match (&frame, this.watch.as_mut()) {
-            (_, None) => None,
-            (Poll::Pending, Some(watch)) => match watch.poll_over(cx) {
-                Poll::Ready(error) => Some(error),
-                Poll::Pending => None,
-            },
-            (Poll::Ready(Some(Ok(frame))), Some(watch)) => match frame.trailers_ref() {
-                Some(trailers) => watch.knows_better(trailers),
-                None => watch.is_over(),
-            },
-            (Poll::Ready(_), Some(_)) => None,
-        };
-        if let Some(error) = over {
-            this.inner.set(None);
-            *this.watch = None;
-            return Poll::Ready(Some(Err(error)));
-        }
-        match &frame {
-            Poll::Ready(Some(Ok(frame))) if frame.is_data() => {}
-            // It is at its end: nobody has to be woken for it.
-            Poll::Ready(_) => *this.watch = None,
-            Poll::Pending => {}
-        }
-        frame.map_err(|error| Error::from_service(error.into()))
+        self.poll_with(cx, |_, error| error)
     }
 
     fn is_end_stream(&self) -> bool {
@@ -212,5 +195,67 @@ where
         self.inner
             .as_ref()
             .map_or_else(|| SizeHint::with_exact(0), http_body::Body::size_hint)
+    }
+}
+
+impl<B, W> Rest<B, W>
+where
+    B: http_body::Body,
+    B::Error: Into<BoxError>,
+    W: Watch,
+{
+    /// As a body's `poll_frame`; `explain` adds to the error of what ends the call what the body inside knows of it.
+    #[inline]
+    pub(crate) fn poll_with(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        explain: impl FnOnce(&B, Error) -> Error,
+    ) -> Poll<Option<Result<Frame<B::Data>, Error>>> {
+        let mut this = self.project();
+        let Some(inner) = this.inner.as_mut().as_pin_mut() else {
+            return Poll::Ready(None);
+        };
+        let frame = match inner.poll_frame(cx) {
+            Poll::Ready(Some(Err(error))) => {
+                // There was a response.
+                let failure = Error::from_service(error.into()).with_sent(Sent::Sent);
+                let failure = match this.watch.take() {
+                    Some(mut watch) => watch.or_better(failure),
+                    None => failure,
+                };
+                return Poll::Ready(Some(Err(failure)));
+            }
+            Poll::Ready(Some(Ok(frame))) => Poll::Ready(Some(frame)),
+            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+        };
+        let over = match (&frame, this.watch.as_mut()) {
+            (_, None) => None,
+            (Poll::Pending, Some(watch)) => match watch.poll_over(cx) {
+                Poll::Ready(error) => Some(error),
+                Poll::Pending => None,
+            },
+            (Poll::Ready(Some(frame)), Some(watch)) => match frame.trailers_ref() {
+                Some(trailers) => watch.knows_better(trailers),
+                None => watch.is_over(),
+            },
+            (Poll::Ready(None), Some(_)) => None,
+        };
+        if let Some(error) = over {
+            let error = match this.inner.as_ref().as_pin_ref() {
+                Some(inner) => explain(inner.get_ref(), error),
+                None => error,
+            };
+            this.inner.set(None);
+            *this.watch = None;
+            return Poll::Ready(Some(Err(error)));
+        }
+        match &frame {
+            Poll::Ready(Some(frame)) if frame.is_data() => {}
+            // It is at its end: nobody has to be woken for it.
+            Poll::Ready(_) => *this.watch = None,
+            Poll::Pending => {}
+        }
+        frame.map(|frame| frame.map(Ok))
     }
 }

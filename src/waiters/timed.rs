@@ -1,9 +1,11 @@
 //! A call's time, whoever keeps it.
 
 use std::{
+    fmt,
     future::Future,
+    panic::{self, AssertUnwindSafe},
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -21,7 +23,7 @@ use crate::error::Error;
 pub(crate) struct Timed<H: Holder> {
     waiter: Waiter<H>,
     at: u64,
-    alone: Option<Pin<Box<Sleep>>>,
+    alone: Option<Pause>,
     /// It is known who keeps the time.
     asked: bool,
     /// There was something of the response's body already.
@@ -99,10 +101,18 @@ impl<H: Holder> Timed<H> {
             }
             Poll::Ready(over) => return Poll::Ready(Ok(over)),
         }
-        match &mut self.alone {
-            Some(sleep) => sleep.as_mut().poll(cx).map(|()| Ok(Over::Expired)),
-            None => Poll::Pending,
+        let Some(pause) = &mut self.alone else {
+            return Poll::Pending;
+        };
+        ready!(pause.poll(cx));
+        if !self.is_expired() {
+            // The runtime that it was on has ended, and the call has moved on.
+            self.keep_alone()?;
+            if let Some(pause) = &mut self.alone {
+                ready!(pause.poll(cx));
+            }
         }
+        Poll::Ready(Ok(Over::Expired))
     }
 
     /// Whether the time is kept where the call is.
@@ -122,8 +132,72 @@ impl<H: Holder> Timed<H> {
     }
 }
 
+/// A sleep, which also ends with the runtime that it is on: whoever it was for looks at the clock, or at what else has ended.
+pub(crate) struct Pause {
+    sleep: Pin<Box<Sleep>>,
+    unless: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
+}
+
+impl Pause {
+    /// On the runtime that the call is on, or on this one if it is on none, or on one without a timer: nobody else has to
+    /// be driven for it.
+    pub(crate) fn with(runtime: &runtime::Handle, duration: Duration) -> Self {
+        sleep(duration).unwrap_or_else(|_| {
+            let _entered = runtime.enter();
+            Self::new(duration)
+        })
+    }
+
+    /// On this runtime.
+    fn new(duration: Duration) -> Self {
+        Self {
+            sleep: Box::pin(time::sleep(duration)),
+            unless: None,
+        }
+    }
+
+    /// It is over when this is, too.
+    #[cfg(feature = "manager")]
+    pub(crate) fn unless(mut self, over: impl Future<Output = ()> + Send + Sync + 'static) -> Self {
+        self.unless = Some(Box::pin(over));
+        self
+    }
+
+    #[cfg(feature = "manager")]
+    pub(crate) fn is_over(&self) -> bool {
+        self.sleep.deadline() <= time::Instant::now()
+    }
+
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(over) = &mut self.unless
+            && over.as_mut().poll(cx).is_ready()
+        {
+            self.unless = None;
+            return Poll::Ready(());
+        }
+        // Tokio panics where the runtime has ended, and has no way to ask.
+        let sleep = AssertUnwindSafe(|| self.sleep.as_mut().poll(cx));
+        panic::catch_unwind(sleep).unwrap_or(Poll::Ready(()))
+    }
+}
+
+impl Future for Pause {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        self.get_mut().poll(cx)
+    }
+}
+
+impl fmt::Debug for Pause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let deadline = self.sleep.deadline();
+        f.debug_tuple("Pause").field(&deadline).finish()
+    }
+}
+
 /// A sleep here, where there is a runtime that keeps time.
-pub(crate) fn sleep(duration: Duration) -> Result<Pin<Box<Sleep>>, Error> {
+pub(crate) fn sleep(duration: Duration) -> Result<Pause, Error> {
     runtime::Handle::try_current().map_err(|error| {
         Error::invalid("call", "it has to wait, outside a tokio runtime").with_source(error)
     })?;
@@ -131,5 +205,5 @@ pub(crate) fn sleep(duration: Duration) -> Result<Pin<Box<Sleep>>, Error> {
         let why = "it has to wait, in a tokio runtime without enable_time";
         return Err(Error::invalid("call", why));
     }
-    Ok(Box::pin(time::sleep(duration)))
+    Ok(Pause::new(duration))
 }
