@@ -51,7 +51,8 @@ impl ServiceConfig {
     /// not known is left alone, and null is as if it were not there.
     ///
     /// A `retryPolicy` is [idempotent](RetryPolicy::idempotent): to list a code is gRPC's way to allow the repetition. Its
-    /// delays are spread by ± 20 %; a largest delay under the first one is the first too, and one over a day is a day. More than five attempts are five. Of
+    /// delays are spread by ± 20 %; a largest delay under the first one is the first too, and one over a day is a day. More than five attempts are five. A
+    /// method's `timeout` is at most ten years. Of
     /// `loadBalancingConfig` the first policy that is known counts, which is `least_request_experimental` with a choice of two: a
     /// pool does nothing else.
     ///

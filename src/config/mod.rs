@@ -322,8 +322,8 @@ impl SharedConfig {
         }))
     }
 
-    /// Replaces it. Calls that begin later are made by the new one, and so are repeats of those under way. A throttle is
-    /// as full as before.
+    /// Replaces it. Calls that begin later are made by the new one, and so are repeats of those under way that
+    /// began with a policy. A throttle is as full as before.
     pub fn replace(&self, config: impl Into<ServiceConfig>) {
         let config = config.into();
         let plain = config.is_plain();

@@ -118,7 +118,8 @@ struct Time {
 // === impl DeadlineLayer ===
 
 impl DeadlineLayer {
-    /// A bound on every call; from zero, where every call fails, up. More than 30 years is 30 years.
+    /// A bound on every call; from zero, where every call fails, up. A time that is as good as
+    /// endless may be cut short to some centuries.
     pub fn new(timeout: Duration) -> Self {
         Self {
             timeout,

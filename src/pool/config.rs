@@ -112,7 +112,7 @@ impl PoolConfig {
     }
 
     /// How long a call waits for a ready endpoint when its own deadline is later, or missing. Default
-    /// 30 s; up to one day. Zero means that no call ever waits.
+    /// 30 s; up to one day. Zero means that no call ever waits. Of a call that is made again it bounds each attempt's wait.
     ///
     /// # Errors
     ///

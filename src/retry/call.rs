@@ -26,7 +26,7 @@ use crate::{
     CancelToken,
     cancel::cancelled_error,
     config::Repeat,
-    error::{BoxError, Error, Sent},
+    error::{BoxError, Error, Kind, Sent},
     pool::in_turn,
     waiters::{Waiter, timed::Pause},
 };
@@ -295,7 +295,9 @@ where
                     };
                     let request = match ready {
                         Ok(()) => call.again(),
-                        Err(error) => Err(error),
+                        Err(error) if error.kind() == Kind::Cancelled => Err(error),
+                        // Nobody can take it: why it was to be made again says more.
+                        Err(error) => Err(call.before.take().unwrap_or(error)),
                     };
                     match request {
                         Ok(request) => {

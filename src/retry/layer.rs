@@ -39,7 +39,8 @@ use crate::{
 /// call is committed, and not made again, once its response has begun, or when its request is larger than
 /// [`buffer`](RetryLayer::buffer). A response that has nothing but trailers has not begun: that is how a server says that a
 /// call failed before its first message. Each attempt tells the server how many there were before
-/// (`grpc-previous-rpc-attempts`) and how much time is left (`grpc-timeout`). A server's `grpc-retry-pushback-ms` is obeyed.
+/// (`grpc-previous-rpc-attempts`) and how much time is left (`grpc-timeout`). A server's `grpc-retry-pushback-ms` is obeyed,
+/// but for one that outlasts the call's deadline, or two minutes where it has none: that ends the call.
 /// A deadline inside ([`DeadlineLayer`](crate::DeadlineLayer)) is one of each attempt; a policy on `DEADLINE_EXCEEDED` repeats those.
 /// A [`Pool`](crate::Pool) below does not give an attempt to a peer that failed the call before, as long as there is another.
 ///
@@ -60,6 +61,11 @@ use crate::{
 ///
 /// Of retry layers that are nested, [`Channel`](crate::Channel) being one, the outermost that has a policy for a call repeats
 /// by it; those inside do no more than repeat what was not processed. So attempts are never multiplied.
+///
+/// # Services that make calls of their own
+///
+/// What an [`Error`] says of how far a call got is believed. So a service inside that makes several calls of its own, and fails
+/// with one of theirs, would be repeated as a whole for a call that was never sent: it has to make such an error its own.
 ///
 /// # The request's body
 ///
@@ -151,7 +157,8 @@ impl RetryLayer {
 
 impl<O> RetryLayer<O> {
     /// How many bytes of a request are kept for another attempt, [`RetryLayer::BUFFER`] unless it is said otherwise. A
-    /// request that is larger is not repeated.
+    /// request that is larger is not repeated. Of a stream each piece counts for some hundred bytes more, which is what keeping
+    /// it takes.
     #[must_use]
     pub const fn buffer(mut self, bytes: usize) -> Self {
         self.buffer = bytes;

@@ -41,7 +41,7 @@ pub struct RetryPolicy {
 /// To hedge a method is to say that it may be executed several times: it mostly will be. Only calls whose request is one
 /// message are hedged; streams are made once.
 ///
-/// As a request's extension it is that call's, whatever is configured.
+/// As a request's extension it is that call's, whatever is configured; beside a [`RetryPolicy`] there it counts for nothing.
 ///
 /// ```
 /// use std::time::Duration;

@@ -867,3 +867,44 @@ async fn a_call_of_a_service_that_is_not_ready_was_not_sent() {
     ];
     assert_eq!(errors.map(|error| error.sent()), [Sent::Unsent; 3]);
 }
+
+/// Can be called once; no clone of it can.
+#[derive(Debug)]
+struct Single {
+    is_first: bool,
+}
+
+impl Clone for Single {
+    fn clone(&self) -> Self {
+        Self { is_first: false }
+    }
+}
+
+impl Service<http::Request<Body>> for Single {
+    type Response = http::Response<Body>;
+    type Error = Error;
+    type Future = std::future::Ready<Result<Self::Response, Error>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        Poll::Ready(match self.is_first {
+            true => Ok(()),
+            false => Err(Error::new(Kind::Stopped)),
+        })
+    }
+
+    fn call(&mut self, _: http::Request<Body>) -> Self::Future {
+        let error = Error::new(Kind::ConnectionLost);
+        std::future::ready(Err(error.with_reason("as scripted")))
+    }
+}
+
+#[tokio::test]
+async fn a_call_that_nobody_takes_again_says_why_it_was_to_be_made_again() {
+    let retry = RetryLayer::transparent().layer(Single { is_first: true });
+    let error = retry.oneshot(http::Request::new(Body::empty())).await;
+    let error = error.unwrap_err();
+    assert_eq!(
+        (error.kind(), error.sent()),
+        (Kind::ConnectionLost, Sent::Unsent)
+    );
+}
