@@ -118,7 +118,7 @@ mod loom_tests {
             };
             let others = [thread::spawn(call.clone()), thread::spawn(call.clone())];
             call();
-            others.map(|other| other.join().unwrap());
+            others.into_iter().for_each(|other| other.join().unwrap());
             assert_eq!(format!("{limiter:?}"), "0 of 1");
         });
     }

@@ -205,7 +205,7 @@ mod loom_tests {
             let succeed = |throttle: Arc<Throttle>| thread::spawn(move || throttle.succeeded());
             let others = [succeed(throttle.clone()), succeed(throttle.clone())];
             assert!(throttle.tokens() <= 4000);
-            others.map(|other| other.join().unwrap());
+            others.into_iter().for_each(|other| other.join().unwrap());
             assert_eq!(throttle.tokens(), 4000);
         });
     }
