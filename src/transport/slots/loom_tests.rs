@@ -86,7 +86,7 @@ fn a_waiter_that_notes_the_limit_is_woken_by_the_stream_that_ends_meanwhile() {
 
 #[test]
 fn a_waiter_in_a_full_house_is_woken_by_the_stream_that_ends_it() {
-    in_every_order(|| {
+    within(3, || {
         let connection = Connection::new(2, 1);
         connection.note_limit();
         let ending = apart(&connection, Connection::end);
