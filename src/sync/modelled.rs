@@ -13,7 +13,8 @@ use std::sync::atomic::Ordering;
 use loom::{model::Builder, sync::atomic::fence};
 
 /// Loom takes `SeqCst` for `AcqRel`, but knows fences: with one on either side there is the one order of all that
-/// `SeqCst` is for. With any other ordering it is loom's own.
+/// `SeqCst` is for. With any other ordering it is loom's own. One that is weakened between others that are not is still
+/// fenced by those: what is found is that none of them orders.
 #[derive(Debug)]
 pub(crate) struct AtomicUsize(loom::sync::atomic::AtomicUsize);
 

@@ -146,6 +146,10 @@ fn a_waiter_is_woken_when_another_notes_that_the_peer_allows_more() {
         connection.note_limit();
         waiter.join().unwrap();
         assert_eq!(connection.slots.taken(), 2);
+        // One that comes when nobody else does notes it itself.
+        *connection.settings.lock().unwrap() = 3;
+        connection.call();
+        assert_eq!(connection.slots.taken(), 3);
     });
 }
 
