@@ -97,10 +97,10 @@ mod tests {
 
 #[cfg(all(test, switchboard_loom))]
 mod loom_tests {
-    use loom::{cell::UnsafeCell, thread};
+    use loom::cell::UnsafeCell;
 
     use super::*;
-    use crate::sync::in_every_order;
+    use crate::sync::{in_every_order, thread};
 
     #[test]
     fn whoever_has_a_place_next_finds_done_what_was_done_in_it_before() {

@@ -158,10 +158,8 @@ mod tests {
 mod loom_tests {
     use std::sync::Arc;
 
-    use loom::thread;
-
     use super::*;
-    use crate::sync::in_every_order;
+    use crate::sync::{in_every_order, thread};
 
     /// One of four tokens, of which a success puts back one, that has so many taken out.
     fn with_failures(failures: usize) -> Arc<Throttle> {

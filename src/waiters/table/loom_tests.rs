@@ -3,10 +3,8 @@ use std::{
     task::Wake,
 };
 
-use loom::thread;
-
 use super::*;
-use crate::sync::in_every_order;
+use crate::sync::{in_every_order, thread};
 
 /// Whether it was woken. Std's: it is read when all is done.
 #[derive(Default)]
