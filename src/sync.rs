@@ -14,7 +14,7 @@ use std::ops::Deref;
 pub(crate) use std::sync::{Mutex, MutexGuard, RwLock, atomic};
 
 #[cfg(all(test, switchboard_loom))]
-pub(crate) use modelled::{Mutex, MutexGuard, RwLock, atomic, in_every_order, thread, within};
+pub(crate) use modelled::{Mutex, MutexGuard, RwLock, atomic, in_every_order, within};
 
 /// A function that is `const`; but for loom's atomics, which come to be at run time.
 macro_rules! const_fn {

@@ -97,10 +97,10 @@ mod tests {
 
 #[cfg(all(test, switchboard_loom))]
 mod loom_tests {
-    use loom::cell::UnsafeCell;
+    use loom::{cell::UnsafeCell, thread};
 
     use super::*;
-    use crate::sync::{in_every_order, thread};
+    use crate::sync::in_every_order;
 
     #[test]
     fn whoever_has_a_place_next_finds_done_what_was_done_in_it_before() {

@@ -158,8 +158,10 @@ mod tests {
 mod loom_tests {
     use std::sync::Arc;
 
+    use loom::thread;
+
     use super::*;
-    use crate::sync::{in_every_order, thread};
+    use crate::sync::in_every_order;
 
     /// One of four tokens, of which a success puts back one, that has so many taken out.
     fn with_failures(failures: usize) -> Arc<Throttle> {

@@ -8,19 +8,6 @@ pub(crate) mod atomic {
     pub(crate) use super::AtomicUsize;
 }
 
-pub(crate) mod thread {
-    use loom::sync::atomic::{AtomicBool, Ordering};
-    pub(crate) use loom::thread::JoinHandle;
-
-    /// Loom takes what a thread does first after a spawn for a part of that, and tries it in that order only. So it does
-    /// something of no account.
-    pub(crate) fn spawn<T: 'static>(act: impl FnOnce() -> T + 'static) -> JoinHandle<T> {
-        let thread = loom::thread::spawn(act);
-        AtomicBool::new(false).load(Ordering::Relaxed);
-        thread
-    }
-}
-
 use std::sync::atomic::Ordering;
 
 use loom::{model::Builder, sync::atomic::fence};

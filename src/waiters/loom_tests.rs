@@ -11,12 +11,13 @@ use std::{
     time::Duration,
 };
 
+use loom::thread;
 use tokio::runtime::{self, Runtime};
 
 use super::*;
 use crate::{
     CancelToken,
-    sync::{in_every_order, thread, within},
+    sync::{in_every_order, within},
 };
 
 /// Whether it was woken. Std's: it is read when all is done.

@@ -5,8 +5,8 @@
 use std::{future::poll_fn, task::Waker};
 
 use super::*;
-use crate::sync::{Mutex, in_every_order, thread, within};
-use loom::future::block_on;
+use crate::sync::{Mutex, in_every_order, within};
+use loom::{future::block_on, thread};
 
 /// What a connection has of it.
 struct Connection {

@@ -3,8 +3,10 @@ use std::{
     task::Wake,
 };
 
+use loom::thread;
+
 use super::*;
-use crate::sync::{in_every_order, thread};
+use crate::sync::in_every_order;
 
 /// Whether it was woken. Std's: it is read when all is done.
 #[derive(Default)]
