@@ -4,10 +4,7 @@ use std::{
     fmt,
     future::{Future, poll_fn},
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -19,6 +16,7 @@ use tower_service::Service;
 
 use crate::{
     error::{BoxError, Error, Kind, Sent},
+    sync::atomic::{AtomicBool, Ordering},
     waiters::{
         Holder, NEVER, Table, Waiter,
         guard::{Head, Rest, Watch},

@@ -214,8 +214,10 @@ impl<E> Policy<Cloned, Answered, E> for Again {
     type Future = std::future::Ready<()>;
 
     fn retry(&mut self, _: &mut Cloned, result: &mut Result<Answered, E>) -> Option<Self::Future> {
-        let failed = result.as_ref().is_err_and(|_| true)
-            || result.as_ref().is_ok_and(|response| is_failure(response));
+        let failed = match result {
+            Ok(response) => is_failure(response),
+            Err(_) => true,
+        };
         if !failed {
             self.budget.deposit();
             return None;

@@ -1,14 +1,11 @@
 //! Places for calls, of which there are so many and no more.
 
-use std::{
-    fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-};
+use std::{fmt, sync::Arc};
 
-use crate::sync::Padded;
+use crate::sync::{
+    Padded,
+    atomic::{AtomicUsize, Ordering},
+};
 
 /// A limit, and what is taken of it.
 ///
@@ -71,7 +68,7 @@ impl fmt::Debug for Place {
 
 #[cfg(test)]
 mod tests {
-    use std::thread;
+    use std::{sync::atomic::AtomicUsize, thread};
 
     use super::*;
 
@@ -95,5 +92,49 @@ mod tests {
         let all: Vec<_> = (0..3).map(|_| limiter.take()).collect();
         assert!(all.iter().all(Option::is_some), "{all:?}");
         assert!(limiter.take().is_none());
+    }
+}
+
+#[cfg(all(test, switchboard_loom))]
+mod loom_tests {
+    use loom::{cell::UnsafeCell, thread};
+
+    use super::*;
+    use crate::sync::in_every_order;
+
+    #[test]
+    fn whoever_has_a_place_next_finds_done_what_was_done_in_it_before() {
+        in_every_order(|| {
+            let (limiter, done) = (Limiter::new(1), Arc::new(UnsafeCell::new(())));
+            let call = {
+                let (limiter, done) = (limiter.clone(), done.clone());
+                move || {
+                    if let Some(_place) = limiter.take() {
+                        // Loom's cell is no lock: it panics if two are in it, or if one's coming was not ordered after the
+                        // other's going.
+                        done.with_mut(|_| ());
+                    }
+                }
+            };
+            let others = [thread::spawn(call.clone()), thread::spawn(call.clone())];
+            call();
+            others.into_iter().for_each(|other| other.join().unwrap());
+            assert_eq!(format!("{limiter:?}"), "0 of 1");
+        });
+    }
+
+    #[test]
+    fn nobody_is_refused_for_somebody_who_was() {
+        in_every_order(|| {
+            let limiter = Limiter::new(1);
+            let place = limiter.take();
+            let other = limiter.clone();
+            let other = thread::spawn(move || other.take());
+            // One place is free from here on: one of the two has it.
+            drop(place);
+            let mine = limiter.take();
+            let other = other.join().unwrap();
+            assert!(mine.is_some() != other.is_some(), "{mine:?}, {other:?}");
+        });
     }
 }

@@ -1,18 +1,15 @@
 //! What a gate is, without its handle: it can be a field of whatever it guards.
 
-use std::{
-    borrow::Cow,
-    fmt,
-    sync::{
-        PoisonError, RwLock,
-        atomic::{AtomicU8, Ordering},
-    },
-    time::SystemTime,
-};
+use std::{borrow::Cow, fmt, sync::PoisonError, time::SystemTime};
 
 use tokio::sync::Notify;
 
 use super::GateState;
+use crate::sync::{
+    RwLock,
+    atomic::{AtomicU8, Ordering},
+    const_fn,
+};
 
 pub(super) type Reason = Cow<'static, str>;
 
@@ -60,18 +57,20 @@ pub(super) enum Phase {
 // === impl Core ===
 
 impl Core {
-    /// An open gate.
-    pub(crate) const fn new() -> Self {
-        Self {
-            phase: AtomicU8::new(Phase::Open as u8),
-            inside: RwLock::new(Inside {
-                phase: Phase::Open,
-                epoch: 0,
-                since: SystemTime::UNIX_EPOCH,
-                reason: Cow::Borrowed(""),
-                failed: None,
-            }),
-            changed: Notify::const_new(),
+    const_fn! {
+        /// An open gate.
+        pub(crate) fn new() -> Self {
+            Self {
+                phase: AtomicU8::new(Phase::Open as u8),
+                inside: RwLock::new(Inside {
+                    phase: Phase::Open,
+                    epoch: 0,
+                    since: SystemTime::UNIX_EPOCH,
+                    reason: Cow::Borrowed(""),
+                    failed: None,
+                }),
+                changed: Notify::const_new(),
+            }
         }
     }
 

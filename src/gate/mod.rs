@@ -229,5 +229,8 @@ impl Watch {
     }
 }
 
+#[cfg(all(test, switchboard_loom))]
+mod loom_tests;
+
 #[cfg(test)]
 mod tests;

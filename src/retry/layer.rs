@@ -106,7 +106,11 @@ pub(crate) struct Target {
 /// One clone's handle on its target, for those of its calls that are counted: so their counting is no count that all
 /// threads write. Made when it is first asked for, as most have no throttle.
 #[derive(Debug, Default)]
-pub(crate) struct OwnTarget(OnceLock<Arc<Arc<Target>>>);
+pub(crate) struct OwnTarget(OnceLock<Arc<Counted>>);
+
+/// A target, held once for all calls of a clone that are counted.
+#[derive(Debug)]
+pub(super) struct Counted(pub(super) Arc<Target>);
 
 /// Where another attempt goes.
 pub(crate) trait Spare<S>: Owner {
@@ -333,8 +337,9 @@ impl<S> fmt::Debug for Shared<S> {
 // === impl OwnTarget ===
 
 impl OwnTarget {
-    pub(super) fn of(&self, target: &Arc<Target>) -> Arc<Arc<Target>> {
-        self.0.get_or_init(|| Arc::new(target.clone())).clone()
+    pub(super) fn of(&self, target: &Arc<Target>) -> Arc<Counted> {
+        let counted = self.0.get_or_init(|| Arc::new(Counted(target.clone())));
+        counted.clone()
     }
 }
 

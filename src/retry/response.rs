@@ -10,7 +10,7 @@ use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tonic::Code;
 
-use super::{Codes, decide::code_of, layer::Target};
+use super::{Codes, decide::code_of, layer::Counted};
 
 pin_project! {
     /// A response body whose end counts for the throttle of its service, if there is one.
@@ -25,22 +25,22 @@ pin_project! {
 /// How the end of a call is counted.
 #[derive(Debug)]
 pub(super) struct Counting {
-    target: Arc<Arc<Target>>,
+    target: Arc<Counted>,
     codes: Codes,
 }
 
 // === impl Counting ===
 
 impl Counting {
-    pub(super) const fn new(target: Arc<Arc<Target>>, codes: Codes) -> Self {
+    pub(super) const fn new(target: Arc<Counted>, codes: Codes) -> Self {
         Self { target, codes }
     }
 
     pub(super) fn count(self, code: Code) {
         if code == Code::Ok {
-            self.target.succeeded();
+            self.target.0.succeeded();
         } else if self.codes.contains(code)
-            && let Some(throttle) = self.target.throttle()
+            && let Some(throttle) = self.target.0.throttle()
         {
             throttle.failed();
         }

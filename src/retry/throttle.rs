@@ -1,9 +1,11 @@
 //! The bucket of a target that fails.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-
 use super::Throttling;
-use crate::sync::Padded;
+use crate::sync::{
+    Padded,
+    atomic::{AtomicU32, Ordering},
+    const_fn,
+};
 
 /// One token, in thousandths.
 const TOKEN: u32 = 1000;
@@ -21,11 +23,13 @@ pub(crate) struct Throttle {
 // === impl Throttle ===
 
 impl Throttle {
-    /// A full one.
-    pub(crate) const fn new(throttling: Throttling) -> Self {
-        Self {
-            throttling,
-            tokens: Padded(AtomicU32::new(throttling.max_tokens)),
+    const_fn! {
+        /// A full one.
+        pub(crate) fn new(throttling: Throttling) -> Self {
+            Self {
+                throttling,
+                tokens: Padded(AtomicU32::new(throttling.max_tokens)),
+            }
         }
     }
 
@@ -147,5 +151,62 @@ mod tests {
         for bad in [0.0, -1.0, f64::NAN, 1e9] {
             Throttling::new(1, bad).unwrap_err();
         }
+    }
+}
+
+#[cfg(all(test, switchboard_loom))]
+mod loom_tests {
+    use std::sync::Arc;
+
+    use loom::thread;
+
+    use super::*;
+    use crate::sync::in_every_order;
+
+    /// One of four tokens, of which a success puts back one, that has so many taken out.
+    fn with_failures(failures: usize) -> Arc<Throttle> {
+        let throttle = Throttle::new(Throttling::new(4, 1.0).unwrap());
+        for _ in 0..failures {
+            throttle.failed();
+        }
+        Arc::new(throttle)
+    }
+
+    #[test]
+    fn of_calls_that_fail_at_once_each_takes_a_token_and_only_those_before_half_are_repeated() {
+        in_every_order(|| {
+            let throttle = with_failures(0);
+            let fail = |throttle: Arc<Throttle>| thread::spawn(move || throttle.failed());
+            let others = [fail(throttle.clone()), fail(throttle.clone())];
+            let mine = throttle.failed();
+            let repeated = others.map(|other| other.join().unwrap());
+            let repeated = usize::from(mine) + repeated.into_iter().filter(|more| *more).count();
+            // 3 of 4 are more than half, 2 and 1 are not
+            assert_eq!((throttle.tokens(), repeated), (1000, 1));
+        });
+    }
+
+    #[test]
+    fn a_success_beside_a_failure_is_not_lost() {
+        in_every_order(|| {
+            let throttle = with_failures(2);
+            let other = throttle.clone();
+            let other = thread::spawn(move || other.succeeded());
+            throttle.failed();
+            other.join().unwrap();
+            assert_eq!(throttle.tokens(), 2000);
+        });
+    }
+
+    #[test]
+    fn successes_at_once_never_put_back_more_than_was_taken_out() {
+        in_every_order(|| {
+            let throttle = with_failures(1);
+            let succeed = |throttle: Arc<Throttle>| thread::spawn(move || throttle.succeeded());
+            let others = [succeed(throttle.clone()), succeed(throttle.clone())];
+            assert!(throttle.tokens() <= 4000);
+            others.into_iter().for_each(|other| other.join().unwrap());
+            assert_eq!(throttle.tokens(), 4000);
+        });
     }
 }

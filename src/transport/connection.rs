@@ -2,7 +2,6 @@
 
 use std::{
     fmt,
-    pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
 };
@@ -13,16 +12,14 @@ use http::{
     HeaderMap,
     uri::{Authority, Scheme},
 };
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    sync::futures::OwnedNotified,
-};
+use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
     Connector,
     core::{AbortOnDrop, Core, Ending},
     paced::Paced,
     pings::{self, Keepalive},
+    slots::Waiting,
     socket::Socket,
 };
 use crate::{
@@ -39,7 +36,7 @@ pub struct Connection {
     pub(super) send: SendRequest<Bytes>,
     pub(super) core: Arc<Core>,
     /// Waiting for a stream to become free.
-    slot: Option<Pin<Box<OwnedNotified>>>,
+    waiting: Waiting,
     /// Whether an answer shows that the peer is of use to somebody.
     pub(super) serves: bool,
 }
@@ -100,7 +97,7 @@ impl Connection {
             });
         }
         // The answer to a ping comes after the peer's settings.
-        core.allow(send.current_max_send_streams());
+        core.note_limit(|| send.current_max_send_streams());
         let keepalive = Keepalive {
             interval: config.keepalive_interval,
             timeout: config.keepalive_timeout,
@@ -111,7 +108,7 @@ impl Connection {
         Ok(Self {
             send,
             core,
-            slot: None,
+            waiting: Waiting::default(),
             serves: true,
         })
     }
@@ -142,23 +139,11 @@ impl Connection {
                 return Poll::Ready(Err(self.core.classify(error).with_sent(Sent::Unsent)));
             }
             if self.core.has_slot() {
-                // If it was woken, this wakes the next: there may be room for more than one.
-                self.slot = None;
+                self.waiting.end();
                 return Poll::Ready(Ok(()));
             }
-            match &mut self.slot {
-                // Interest first, then another look.
-                None => {
-                    self.core.allow(self.send.current_max_send_streams());
-                    let mut slot = Box::pin(self.core.slot_free());
-                    slot.as_mut().enable();
-                    self.slot = Some(slot);
-                }
-                Some(slot) => {
-                    ready!(slot.as_mut().poll(cx));
-                    self.slot = None;
-                }
-            }
+            let limit = || self.send.current_max_send_streams();
+            ready!(self.core.poll_slot(&mut self.waiting, limit, cx));
         }
     }
 }
@@ -180,7 +165,7 @@ impl Clone for Connection {
         Self {
             send: self.send.clone(),
             core: self.core.clone(),
-            slot: None,
+            waiting: Waiting::default(),
             serves: self.serves,
         }
     }

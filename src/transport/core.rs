@@ -7,6 +7,7 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
@@ -14,14 +15,15 @@ use http::{
     HeaderMap, HeaderValue,
     uri::{Authority, Scheme},
 };
-use tokio::{
-    runtime,
-    sync::{Notify, futures::OwnedNotified},
-    task::AbortHandle,
-};
+use tokio::{runtime, sync::Notify, task::AbortHandle};
 use tokio_util::sync::CancellationToken;
 
-use super::{Connector, identity::Identity, resets::Resets, slots::Slots};
+use super::{
+    Connector,
+    identity::Identity,
+    resets::Resets,
+    slots::{Slots, Waiting},
+};
 use crate::{
     endpoint::{BoxFuture, Lifeline},
     error::{Error, Kind, Sent},
@@ -104,16 +106,21 @@ impl Core {
         self.slots.has_room()
     }
 
-    /// The peer allows so many streams, as of now.
-    pub(super) fn allow(&self, most: usize) {
-        if self.slots.allow(most) {
-            self.slot_free.notify_waiters();
-        }
+    /// There was no slot: ready if one has to look again. Else it has this task woken.
+    pub(super) fn poll_slot(
+        &self,
+        waiting: &mut Waiting,
+        limit: impl Fn() -> usize,
+        cx: &mut Context<'_>,
+    ) -> Poll<()> {
+        waiting.poll(&self.slots, &self.slot_free, limit, cx)
     }
 
-    /// For the next slot that is given back.
-    pub(super) fn slot_free(&self) -> OwnedNotified {
-        self.slot_free.clone().notified_owned()
+    /// The peer allows so many streams.
+    pub(super) fn note_limit(&self, read: impl Fn() -> usize) {
+        if self.slots.note(read) {
+            self.slot_free.notify_waiters();
+        }
     }
 
     /// Something was just read.

@@ -1,20 +1,31 @@
 //! How many streams a connection has, how many its peer allows, and who has to be woken when that changes.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use tokio::sync::{Notify, futures::OwnedNotified};
+
+use crate::sync::{
+    atomic::{AtomicUsize, Ordering},
+    const_fn,
+};
 
 /// Streams in use, and how many the peer allows.
 ///
-/// It counts and wakes nobody: what changes the count in a waiter's favour returns whether anybody has to be woken, and
+/// It counts and wakes nobody itself: what changes the count in a waiter's favour returns whether anybody has to be woken, and
 /// the caller does it, by whatever means it has.
 ///
-/// A waiter (1) notes the limit, [`allow`](Slots::allow), (2) registers where it will be woken, and (3) looks whether there is
+/// A waiter (1) notes the limit, [`note`](Slots::note), (2) registers where it will be woken, and (3) looks whether there is
 /// room, [`has_room`](Slots::has_room), before it sleeps. Whoever gives a stream back counts and then reads the limit.
 /// All of this is `SeqCst`: in one total order one of the two sees the other. So a waiter that saw a full house is woken by
 /// the stream that ends it. With anything less each could read what was there before the other wrote.
 ///
 /// Only the stream that ends a full house wakes, and it wakes one. If two end before that one has looked, there is room for
-/// another who sleeps: so a waiter that was woken and finds room hands the wake on. Tokio's `Notified` does when it is dropped
-/// before it is polled again.
+/// another who sleeps: so a waiter that was woken and finds room hands the wake on, see [`Waiting`].
 #[derive(Debug)]
 pub(super) struct Slots {
     /// Calls that have a stream.
@@ -23,14 +34,25 @@ pub(super) struct Slots {
     most: AtomicUsize,
 }
 
+/// Where one waits that has found no room.
+#[derive(Debug, Default)]
+pub(super) struct Waiting {
+    /// Tokio's hands the wake on when it is dropped after it was woken, and before it was polled again.
+    freed: Option<Pin<Box<OwnedNotified>>>,
+    /// Once it has been polled and was woken, it is for us to hand that on; to whom.
+    woken: Option<Arc<Notify>>,
+}
+
 // === impl Slots ===
 
 impl Slots {
-    /// None in use, and any number allowed.
-    pub(super) const fn new() -> Self {
-        Self {
-            taken: AtomicUsize::new(0),
-            most: AtomicUsize::new(usize::MAX),
+    const_fn! {
+        /// None in use, and any number allowed.
+        pub(super) fn new() -> Self {
+            Self {
+                taken: AtomicUsize::new(0),
+                most: AtomicUsize::new(usize::MAX),
+            }
         }
     }
 
@@ -49,10 +71,27 @@ impl Slots {
         before >= self.most.load(Ordering::SeqCst)
     }
 
-    /// The peer allows so many, as of now: whether all who wait have to be woken, because there is room that nobody has
-    /// given back.
+    /// Notes how many the peer allows: whether all who wait have to be woken, because there is room that nobody has given
+    /// back.
+    ///
+    /// Read again until it is what was noted. Whoever reads, is overtaken by one that reads and notes more, and notes what it
+    /// read then, would else have taken that back, and would sleep beside room.
     #[must_use = "those who wait would sleep on"]
-    pub(super) fn allow(&self, most: usize) -> bool {
+    pub(super) fn note(&self, read: impl Fn() -> usize) -> bool {
+        let mut most = read();
+        let mut more = self.allow(most);
+        loop {
+            let now = read();
+            if now == most {
+                return more;
+            }
+            most = now;
+            more |= self.allow(most);
+        }
+    }
+
+    /// The peer allows so many: whether that is more than before.
+    fn allow(&self, most: usize) -> bool {
         most > self.most.swap(most, Ordering::SeqCst)
     }
 
@@ -67,15 +106,62 @@ impl Slots {
     }
 }
 
+// === impl Waiting ===
+
+impl Waiting {
+    /// There was no room: ready if one has to look again. Else it has this task woken.
+    pub(super) fn poll(
+        &mut self,
+        slots: &Slots,
+        freed: &Arc<Notify>,
+        limit: impl Fn() -> usize,
+        cx: &mut Context<'_>,
+    ) -> Poll<()> {
+        match &mut self.freed {
+            // Looking => registered: interest first, then another look.
+            None => {
+                // What it was woken for, it has not found.
+                self.woken = None;
+                if slots.note(limit) {
+                    freed.notify_waiters();
+                }
+                let mut waits = Box::pin(freed.clone().notified_owned());
+                waits.as_mut().enable();
+                self.freed = Some(waits);
+            }
+            // Registered => (registered | looking)
+            Some(waits) => {
+                ready!(waits.as_mut().poll(cx));
+                self.freed = None;
+                self.woken = Some(freed.clone());
+            }
+        }
+        Poll::Ready(())
+    }
+
+    /// There is room. If it was woken, this wakes the next: there may be room for more than one.
+    pub(super) fn end(&mut self) {
+        self.freed = None;
+        if let Some(freed) = self.woken.take() {
+            freed.notify_one();
+        }
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+#[cfg(all(test, switchboard_loom))]
+mod loom_tests;
+
 #[cfg(test)]
 mod tests {
-    use std::{
-        sync::{Arc, mpsc},
-        thread,
-        time::Duration,
-    };
+    use std::{future::poll_fn, sync::mpsc, thread, time::Duration};
 
-    use tokio::{runtime, sync::Notify};
+    use tokio::runtime;
 
     use super::*;
 
@@ -119,18 +205,14 @@ mod tests {
             thread::spawn(move || {
                 let runtime = runtime::Builder::new_current_thread().build().unwrap();
                 for _ in 0..1_000 {
-                    loop {
-                        if slots.allow(2) {
-                            freed.notify_waiters();
+                    let mut waiting = Waiting::default();
+                    runtime.block_on(poll_fn(|cx| {
+                        while !slots.has_room() {
+                            ready!(waiting.poll(&slots, &freed, || 2, cx));
                         }
-                        let mut waiting = Box::pin(freed.notified());
-                        waiting.as_mut().enable();
-                        // Dropping one that was woken wakes the next.
-                        if slots.has_room() {
-                            break;
-                        }
-                        runtime.block_on(waiting);
-                    }
+                        waiting.end();
+                        Poll::Ready(())
+                    }));
                     slots.take();
                     thread::yield_now();
                     if slots.give_back() {

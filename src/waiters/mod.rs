@@ -187,5 +187,8 @@ impl fmt::Debug for Table {
     }
 }
 
+#[cfg(all(test, switchboard_loom))]
+mod loom_tests;
+
 #[cfg(test)]
 mod tests;

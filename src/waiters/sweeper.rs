@@ -2,10 +2,7 @@
 
 use std::{
     fmt,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, PoisonError},
     time::Duration,
 };
 
@@ -14,6 +11,10 @@ use tokio::{runtime, sync::Notify, task, time};
 use super::{
     NEVER, Table,
     clock::{instant, now},
+};
+use crate::sync::{
+    Mutex, MutexGuard,
+    atomic::{AtomicBool, Ordering},
 };
 
 /// The least time between two sweeps that nobody asked for: calls whose times are close together are woken together,
@@ -110,6 +111,18 @@ impl Timers {
     pub(crate) fn close(&self) {
         self.0.lock().closed = true;
         self.0.sooner.notify_one();
+    }
+}
+
+#[cfg(all(test, switchboard_loom))]
+impl Timers {
+    /// Its sweeper, for whoever runs it by hand.
+    pub(super) fn running(&self, closed: bool) -> impl Future<Output = ()> + use<> {
+        let mut state = self.0.lock();
+        (state.running, state.closed) = (true, closed);
+        drop(state);
+        let inner = self.0.clone();
+        async move { inner.run().await }
     }
 }
 

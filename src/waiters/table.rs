@@ -4,17 +4,17 @@ use std::{
     cell::Cell,
     num::NonZeroU32,
     panic::{self, AssertUnwindSafe},
-    sync::{
-        Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
-    },
+    sync::{OnceLock, PoisonError, atomic::AtomicUsize},
     task::{Context, Waker},
     thread,
 };
 
 use slab::Slab;
 
-use crate::sync::Padded;
+use crate::sync::{
+    Mutex, MutexGuard, Padded,
+    atomic::{AtomicU64, Ordering},
+};
 
 /// A time that never comes.
 pub(crate) const NEVER: u64 = u64::MAX;
@@ -109,7 +109,10 @@ impl Table {
 
     /// Arms a slot. The second is true if the sweeper has to be told: this is earlier than it would look.
     pub(super) fn arm(&self, waker: Waker, at: u64, tag: usize) -> (Key, bool) {
-        let shard = this_thread() % self.shards.len();
+        self.arm_in(this_thread() % self.shards.len(), waker, at, tag)
+    }
+
+    fn arm_in(&self, shard: usize, waker: Waker, at: u64, tag: usize) -> (Key, bool) {
         let slot = Slot {
             waker: Some(waker),
             at,
@@ -219,6 +222,12 @@ impl Table {
         self.shards.len()
     }
 
+    /// When the sweeper looks next.
+    #[cfg(all(test, switchboard_loom))]
+    pub(super) fn next_sweep(&self) -> u64 {
+        self.next.load(Ordering::Relaxed)
+    }
+
     /// How many slots are armed.
     #[cfg(test)]
     pub(crate) fn armed(&self) -> usize {
@@ -296,3 +305,6 @@ fn this_thread() -> usize {
     // A thread that is ending has none any more.
     THREAD.try_with(Cell::get).unwrap_or(0)
 }
+
+#[cfg(all(test, switchboard_loom))]
+mod loom_tests;
