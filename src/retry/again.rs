@@ -8,7 +8,7 @@ use super::{
     Body, Codes, HedgingPolicy, RetryPolicy, Throttle,
     body::Source,
     decide::{Failure, Nature, Progress, Verdict, code_of},
-    kept::{Kept, is_bare},
+    kept::Kept,
     layer::Owner,
     response,
 };
@@ -69,6 +69,37 @@ impl<W: Owner> Call<W> {
             sent: Sent::Unsent,
             before: None,
             owner: owner.clone(),
+        }
+    }
+
+    /// How it is made again: as it says itself, or as its method is configured; not by a policy if somebody outside does that. The
+    /// policy, if it is to be hedged.
+    #[inline]
+    pub(super) fn decide(&mut self, configured: Repeat) -> Option<HedgingPolicy> {
+        let kept = &mut self.kept;
+        let mut repeat = configured;
+        if kept.has_options() {
+            if kept.extension::<Owned>().is_some() {
+                return None;
+            }
+            if let Some(policy) = kept.extension::<RetryPolicy>() {
+                repeat = Repeat::Retry(*policy);
+            } else if let Some(policy) = kept.extension::<HedgingPolicy>() {
+                repeat = Repeat::Hedge(*policy);
+            }
+        }
+        kept.counted = true;
+        match repeat {
+            Repeat::Hedge(policy) if matches!(kept.source, Source::Whole(_)) => {
+                kept.owned = true;
+                Some(policy)
+            }
+            Repeat::Retry(_) => {
+                kept.owned = true;
+                None
+            }
+            // A stream cannot be in two places.
+            Repeat::Hedge(_) | Repeat::Transparent => None,
         }
     }
 
@@ -264,30 +295,6 @@ impl<T> Attempted<T> {
             result: Err(error),
         }
     }
-}
-
-/// How a call is made again: as it says itself, or as its method is configured; not by a policy if somebody outside does that.
-#[inline]
-pub(super) fn repeat_of(extensions: &Extensions, configured: impl FnOnce() -> Repeat) -> Repeat {
-    if is_bare(extensions) {
-        return configured();
-    }
-    if is_owned(extensions) {
-        return Repeat::Transparent;
-    }
-    if let Some(policy) = extensions.get::<RetryPolicy>() {
-        return Repeat::Retry(*policy);
-    }
-    if let Some(policy) = extensions.get::<HedgingPolicy>() {
-        return Repeat::Hedge(*policy);
-    }
-    configured()
-}
-
-/// Whether somebody outside makes the call again.
-#[inline]
-pub(super) fn is_owned(extensions: &Extensions) -> bool {
-    !is_bare(extensions) && extensions.get::<Owned>().is_some()
 }
 
 /// The failure that is the call's.

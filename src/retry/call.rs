@@ -15,7 +15,7 @@ use tower_service::Service;
 
 use super::{
     Body,
-    again::{Attempted, Attempts, Call, is_owned, polled_again, repeat_of},
+    again::{Attempted, Attempts, Call, polled_again},
     body::Source,
     decide::{Failure, Nature, Verdict},
     hedge::Hedge,
@@ -171,15 +171,8 @@ where
             Ok(looked) => looked,
             Err(error) => return Self::failed(error),
         };
-        let (hedging, owned) = match repeat_of(&head.extensions, || repeat) {
-            Repeat::Hedge(policy) if matches!(source, Source::Whole(_)) => (Some(policy), true),
-            Repeat::Retry(_) => (None, true),
-            // A stream cannot be in two places.
-            Repeat::Hedge(_) | Repeat::Transparent => (None, false),
-        };
         let mut call = Call::new(Kept::of(&head, source, at), owner);
-        call.kept.owned = owned;
-        call.kept.counted = owned || !is_owned(&head.extensions);
+        let hedging = call.decide(repeat);
         call.mark(&mut head.extensions);
         if hedging.is_some() {
             // The pool writes into it whom each attempt goes to, and passes them by.

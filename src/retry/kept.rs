@@ -109,6 +109,11 @@ impl Kept {
         self.path.as_ref().map_or("/", PathAndQuery::path)
     }
 
+    /// Whether there is more among its extensions than tonic's word for its method.
+    pub(super) const fn has_options(&self) -> bool {
+        self.extensions.is_some()
+    }
+
     pub(super) fn extension<T: Clone + Send + Sync + 'static>(&self) -> Option<&T> {
         self.extensions.as_ref()?.get()
     }
