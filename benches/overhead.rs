@@ -1,4 +1,5 @@
-//! What the pool and the gate add to a service that does nothing, beside tower's `Balance` and `Buffer` over `Balance`.
+//! What the pool and the gate add to a service that does nothing, beside tower's `Balance` and `Buffer` over `Balance`; and what
+//! each layer adds to one that answers whole gRPC requests, beside tower's and tower-resilience's.
 
 mod support;
 
@@ -6,6 +7,7 @@ use std::{hint::black_box, time::Duration};
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use support::{
+    layers::{Answers, Stack},
     measure::Threads,
     pools::{self, Through},
 };
@@ -42,6 +44,31 @@ fn overhead(c: &mut Criterion) {
     }
 }
 
+fn layers(c: &mut Criterion) {
+    for (threads, callers, name) in [
+        (Threads::One, 1, "1 thread"),
+        (Threads::Two, 2, "2 threads"),
+    ] {
+        let runtime = threads.runtime();
+        for (answers, when) in [
+            (Answers::AtOnce, "ready at once"),
+            (Answers::Later, "pending once"),
+        ] {
+            let mut group = c.benchmark_group(format!("layers, {name}, {when}"));
+            group
+                .sample_size(20)
+                .warm_up_time(Duration::from_millis(200))
+                .measurement_time(Duration::from_secs(1));
+            for stack in Stack::ALL {
+                group.bench_function(stack.name(), |b| {
+                    b.iter_custom(|calls| stack.time(&runtime, answers, callers, calls));
+                });
+            }
+            group.finish();
+        }
+    }
+}
+
 fn nowhere(c: &mut Criterion) {
     let runtime = Threads::One.runtime();
     c.bench_function("a call with no endpoint", |b| {
@@ -71,7 +98,11 @@ fn allocations(_: &mut Criterion) {
         let made = through.allocations(&runtime, 10);
         println!("allocations a call, {}: {made:.2}", through.name());
     }
+    for stack in Stack::ALL {
+        let made = stack.allocations(&runtime, Answers::Later);
+        println!("allocations a call, {}: {made:.2}", stack.name());
+    }
 }
 
-criterion_group!(benches, overhead, nowhere, shut, allocations);
+criterion_group!(benches, overhead, layers, nowhere, shut, allocations);
 criterion_main!(benches);

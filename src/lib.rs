@@ -34,7 +34,7 @@
 //!
 //!  generated client                            etcd, memory, a list, any tower Discover
 //!    ▼                                           ▼  list, watch, reconcile      (discover)
-//!  Channel      deadline                       Update
+//!  Channel      deadline, retries              Update
 //!    ▼                                           ▼
 //!  Pool         load, pick, guard  ◀─ Snapshot ◀─ driver: one writer            (pool)
 //!    ▼                                           ▼

@@ -14,7 +14,7 @@ use crate::{
     },
 };
 
-/// `<n of ALL> <calls>`: what a process that is started with it calls, instead of the bench. A profiler's way in too.
+/// `<stack> <calls>`: what a process that is started with it calls, instead of the bench. A profiler's way in too.
 const ROLE: &str = "SWITCHBOARD_BENCH_LAYER";
 const ROUNDS: usize = 11;
 const SLICES: usize = 10;
@@ -160,12 +160,9 @@ pub(crate) fn run_if_asked() {
         return;
     };
     let (name, calls) = role.split_once(' ').expect("two words");
-    let mut stacks = GROUPS.iter().flat_map(|(_, ours, theirs)| {
-        [Stack::Nothing, Stack::NothingCloned, *ours]
-            .into_iter()
-            .chain(theirs.iter().copied())
-    });
-    let stack = stacks.find(|stack| format!("{stack:?}") == name);
+    let stack = Stack::ALL
+        .into_iter()
+        .find(|stack| format!("{stack:?}") == name);
     let calls = calls.parse().expect("a number");
     stack
         .expect("a known one")

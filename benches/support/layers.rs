@@ -317,6 +317,25 @@ fn circuit_breaker() -> CircuitBreakerLayer {
 // === impl Stack ===
 
 impl Stack {
+    pub(crate) const ALL: [Self; 16] = [
+        Self::Nothing,
+        Self::NothingCloned,
+        Self::Gate,
+        Self::LoadShed,
+        Self::CircuitBreaker,
+        Self::Cancel,
+        Self::CancelByHand,
+        Self::Deadline,
+        Self::Timeout,
+        Self::TimeLimiter,
+        Self::Retry,
+        Self::TowerRetry,
+        Self::ResilienceRetry,
+        Self::Full,
+        Self::TowerFull,
+        Self::ResilienceFull,
+    ];
+
     /// How long `count` calls take each of `callers`, which all call at the same time.
     ///
     /// `callers` want as many threads of the runtime.

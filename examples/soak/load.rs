@@ -1,4 +1,4 @@
-//! Calls without end, and what became of them.
+//! Calls without end, and what became of them: half of them may be repeated by a policy, half may not.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use switchboard::{Channel, Error, Sent};
+use switchboard::{Channel, Error, Kind, RetryPolicy, Sent};
 use tokio::task::JoinSet;
 use tonic::{Request, Status};
 
@@ -21,8 +21,8 @@ use crate::{
 /// Callers of each client.
 const CALLERS: usize = 8;
 const DEADLINE: Duration = Duration::from_secs(5);
-/// How often a call is repeated that was not processed.
-const REPEATS: u32 = 3;
+/// How often a call is made that may be repeated.
+const ATTEMPTS: u32 = 5;
 
 pub(crate) struct Load {
     shared: Arc<Shared>,
@@ -41,7 +41,7 @@ struct Shared {
 #[derive(Clone, Default)]
 pub(crate) struct Tally {
     calls: u64,
-    repeated: u64,
+    repeatable: u64,
     slowest: Duration,
     failures: BTreeMap<String, u64>,
     pub(crate) wrong: Wrong,
@@ -54,8 +54,13 @@ impl Load {
         let shared = Arc::new(Shared::default());
         let mut callers = JoinSet::new();
         for channel in world.channels() {
-            for _ in 0..CALLERS {
-                callers.spawn(keep_calling(channel.clone(), world.truth(), shared.clone()));
+            for n in 0..CALLERS {
+                let policy = (n % 2 == 0).then(|| {
+                    let policy = RetryPolicy::new(ATTEMPTS).expect("so many may be made");
+                    policy.idempotent()
+                });
+                let truth = world.truth();
+                callers.spawn(keep_calling(channel.clone(), policy, truth, shared.clone()));
             }
         }
         Self { shared, callers }
@@ -76,7 +81,12 @@ impl Load {
     }
 }
 
-async fn keep_calling(channel: Channel, truth: Arc<Mutex<Truth>>, shared: Arc<Shared>) {
+async fn keep_calling(
+    channel: Channel,
+    policy: Option<RetryPolicy>,
+    truth: Arc<Mutex<Truth>>,
+    shared: Arc<Shared>,
+) {
     let mut tally = Tally::default();
     // Judged a little later: what was done to the server may not be known at once.
     let mut failures = VecDeque::new();
@@ -87,16 +97,9 @@ async fn keep_calling(channel: Channel, truth: Arc<Mutex<Truth>>, shared: Arc<Sh
             0 => fastrand::u32(100..2000),
             _ => fastrand::u32(0..10),
         };
-        let mut repeats = 0;
-        let result = loop {
-            match call(&channel, delay).await {
-                // The server said that it did not do it: then it is safe to do it elsewhere.
-                Err(status) if repeats < REPEATS && is_unprocessed(&status) => repeats += 1,
-                result => break result,
-            }
-        };
+        let result = call(&channel, delay, policy).await;
         tally.calls += 1;
-        tally.repeated += u64::from(repeats);
+        tally.repeatable += u64::from(policy.is_some());
         tally.slowest = tally.slowest.max(began.elapsed());
         shared.calls.fetch_add(1, Relaxed);
         if let Err(status) = result {
@@ -107,37 +110,40 @@ async fn keep_calling(channel: Channel, truth: Arc<Mutex<Truth>>, shared: Arc<Sh
             && at.elapsed() >= HINDSIGHT
             && let Some((_, status)) = failures.pop_front()
         {
-            tally.failed(&status, &lock(&truth));
+            tally.failed(&status, policy.is_some(), &lock(&truth));
         }
     }
     tokio::time::sleep(HINDSIGHT).await;
     for (_, status) in failures {
-        tally.failed(&status, &lock(&truth));
+        tally.failed(&status, policy.is_some(), &lock(&truth));
     }
     let mut all = shared.tally.lock().unwrap_or_else(PoisonError::into_inner);
     all.add(tally);
 }
 
-pub(crate) async fn call(channel: &Channel, delay_ms: u32) -> Result<(), Status> {
+pub(crate) async fn call(
+    channel: &Channel,
+    delay_ms: u32,
+    policy: Option<RetryPolicy>,
+) -> Result<(), Status> {
     let mut request = Request::new(EchoRequest {
         delay_ms,
         ..EchoRequest::default()
     });
     request.set_timeout(DEADLINE);
+    if let Some(policy) = policy {
+        request.extensions_mut().insert(policy);
+    }
     EchoClient::new(channel.clone())
         .unary(request)
         .await
         .map(drop)
 }
 
-fn is_unprocessed(status: &Status) -> bool {
-    Error::of(status).is_some_and(|error| error.sent() == Sent::Unprocessed)
-}
-
 // === impl Tally ===
 
 impl Tally {
-    fn failed(&mut self, status: &Status, truth: &Truth) {
+    fn failed(&mut self, status: &Status, may_be_repeated: bool, truth: &Truth) {
         let Some(error) = Error::of(status) else {
             return self.is_wrong(format!(
                 "a failure of the server itself: {}",
@@ -145,9 +151,20 @@ impl Tally {
             ));
         };
         let what = format!("{:?}, {:?}", error.kind(), error.sent());
+        let what = match may_be_repeated {
+            true => format!("{what}, of those that may be repeated"),
+            false => what,
+        };
         *self.failures.entry(what).or_default() += 1;
         let peer = error.peer().map(|peer| peer.id.to_string());
         match (error.sent(), peer) {
+            // Its time may be up where several servers in a row stop answering.
+            _ if may_be_repeated && error.kind() != Kind::DeadlineExceeded => {
+                self.is_wrong(format!(
+                    "a call that may be repeated failed: {:?}",
+                    error.kind()
+                ));
+            }
             // There are always others, and they are well.
             (Sent::Unsent | Sent::Unprocessed, _) => {
                 self.is_wrong(format!(
@@ -170,7 +187,7 @@ impl Tally {
 
     fn add(&mut self, other: Self) {
         self.calls += other.calls;
-        self.repeated += other.repeated;
+        self.repeatable += other.repeatable;
         self.slowest = self.slowest.max(other.slowest);
         for (what, times) in other.failures {
             *self.failures.entry(what).or_default() += times;
@@ -185,10 +202,7 @@ impl Tally {
             "  {:>9}  made; the slowest took {:.1?}",
             self.calls, self.slowest
         );
-        println!(
-            "  {:>9}  repeated, as the server had not processed them",
-            self.repeated
-        );
+        println!("  {:>9}  of them might be repeated", self.repeatable);
         for (what, times) in &self.failures {
             println!("  {times:>9}  failed: {what}");
         }

@@ -222,7 +222,7 @@ impl World {
     async fn all_answer(&self) -> bool {
         for channel in self.channels() {
             for id in self.servers.keys() {
-                if load::call(&channel.to(*id), 0).await.is_err() {
+                if load::call(&channel.to(*id), 0, None).await.is_err() {
                     return false;
                 }
             }
