@@ -271,6 +271,7 @@ where
         Poll::Ready(Ok(()))
     }
 
+    #[inline]
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         // Taken out: it is heeded here.
         let call = match request.extensions().is_empty() {
@@ -328,6 +329,7 @@ where
 {
     type Output = Result<Response<Body<R>>, Error>;
 
+    #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let head = self.project().head;
         head.poll_with(cx, |_, error| error, |rest| Body { rest })
@@ -353,6 +355,7 @@ where
     type Data = B::Data;
     type Error = Error;
 
+    #[inline]
     fn poll_frame(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -717,6 +717,33 @@ async fn a_hedged_call_that_is_refused_is_repeated_once_uncounted() {
     assert_eq!(calls.load(SeqCst), 3);
 }
 
+// What never got out is repeated as long as there is time, also of one that is hedged.
+#[tokio::test(start_paused = true)]
+async fn a_hedged_call_that_does_not_get_out_is_repeated_until_it_does() {
+    let calls = Arc::new(AtomicUsize::new(0));
+    let seen = calls.clone();
+    let late = service_fn(move |_: http::Request<Body>| {
+        let nth = seen.fetch_add(1, SeqCst);
+        async move {
+            match nth {
+                0..40 => Err(Error::new(Kind::ConnectionLost)),
+                _ => Ok(http::Response::new(Body::empty())),
+            }
+        }
+    });
+    let policy = HedgingPolicy::new(2, Duration::from_secs(60)).unwrap();
+    let service = RetryLayer::new(policy).layer(late);
+    let began = time::Instant::now();
+    let request = http::Request::new(Body::empty());
+    service.oneshot(request).await.unwrap();
+    assert_eq!(calls.load(SeqCst), 41);
+    let paused = began.elapsed();
+    assert!(
+        (Duration::from_secs(2)..Duration::from_secs(10)).contains(&paused),
+        "{paused:?}"
+    );
+}
+
 /// Says in its body's trailers what it is told to.
 fn trailing(
     codes: &'static [u16],

@@ -184,6 +184,7 @@ where
             .map_err(|error| Error::from_ready(error.into()))
     }
 
+    #[inline]
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let asked = match timeout_of(request.headers()) {
             Ok(asked) => asked,
@@ -309,6 +310,7 @@ where
 {
     type Output = Result<Response<Body<R>>, Error>;
 
+    #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let head = self.project().head;
         head.poll_with(cx, |_, error| error, |rest| Body { rest })
@@ -334,6 +336,7 @@ where
     type Data = B::Data;
     type Error = Error;
 
+    #[inline]
     fn poll_frame(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,

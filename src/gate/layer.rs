@@ -199,6 +199,7 @@ where
         Poll::Ready(Ok(()))
     }
 
+    #[inline]
     fn call(&mut self, request: Req) -> Self::Future {
         let polled = mem::replace(&mut self.polled, Polled::Not);
         let open = self.gate.is_open();
@@ -268,6 +269,7 @@ where
 {
     type Output = Result<R, Error>;
 
+    #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().state.project() {
             StateProj::Calling { inner, probe } => {

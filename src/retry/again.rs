@@ -110,9 +110,22 @@ impl<W: Owner> Call<W> {
 
     /// What follows on a failed attempt.
     pub(super) fn after<T>(&mut self, attempted: &Attempted<T>) -> Verdict {
+        let (policy, throttle) = (self.policy(), self.throttle());
+        self.after_by(attempted, policy, throttle)
+    }
+
+    /// The same of what does not count: what was certainly not processed.
+    pub(super) fn after_uncounted<T>(&mut self, attempted: &Attempted<T>) -> Verdict {
+        self.after_by(attempted, None, None)
+    }
+
+    fn after_by<T>(
+        &mut self,
+        attempted: &Attempted<T>,
+        policy: Option<RetryPolicy>,
+        throttle: Option<Arc<Throttle>>,
+    ) -> Verdict {
         self.sent = self.sent.max(attempted.sent);
-        let policy = self.policy();
-        let throttle = self.throttle();
         let again = self.kept.source.take_back();
         let verdict = self.progress.after(
             attempted.failure,

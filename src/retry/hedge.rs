@@ -15,7 +15,7 @@ use super::{
     Body, HedgingPolicy,
     again::{Attempted, Attempts, Call, finally, polled_again},
     call::poll_cancel,
-    decide::{Failure, Nature, Pushback},
+    decide::{Failure, Nature, Pushback, Verdict},
     layer::{Owner, Spare},
 };
 use crate::{
@@ -25,9 +25,6 @@ use crate::{
     pool::in_turn,
     waiters::{Waiter, timed::Pause},
 };
-
-/// How many of a call's attempts are made anew because they were not processed.
-const MOST_REMADE: u32 = 16;
 
 /// The attempts of one call.
 pub(super) struct Hedge<W, S, O>
@@ -43,8 +40,6 @@ where
     cancel: Option<Waiter<CancelToken>>,
     /// Attempts that count.
     made: u32,
-    /// Those that were made anew, and do not count.
-    remade: u32,
     /// The last failure, as long as others may do better.
     last: Option<Result<S::Response, Error>>,
 }
@@ -85,7 +80,6 @@ where
             call: Some(call),
             under_way: vec![Box::pin(first)],
             made: 1,
-            remade: 0,
             last: None,
         }
     }
@@ -221,15 +215,26 @@ where
 
     /// Takes in a failure.
     fn failed(&mut self, call: &mut Call<W>, attempted: Attempted<R>) -> Outcome<Response<R>> {
+        // As if it had not been made, if that may be.
+        let again = match call.after_uncounted(&attempted) {
+            Verdict::AtOnce => Some(Next::Now),
+            Verdict::Soon(pause) => Some(next_after(call, pause)),
+            Verdict::After(_) | Verdict::Final => None,
+        };
         let Attempted {
             failure,
-            sent,
             peer,
             result,
+            ..
         } = attempted;
-        call.sent(sent);
         if let Some(peer) = &peer {
             call.avoid(peer);
+        }
+        if let Some(again) = again {
+            self.made = self.made.saturating_sub(1);
+            self.next = again;
+            self.last = Some(result);
+            return Outcome::Another;
         }
         let is_alone = self.under_way.is_empty();
         match failure.nature {
@@ -244,18 +249,6 @@ where
                 return Outcome::Another;
             }
             Nature::Final => return Outcome::Fatal(result),
-            // As if it had not been made.
-            Nature::Lost | Nature::Refused
-                if self.remade < MOST_REMADE
-                    && (failure.nature == Nature::Lost || !call.progress.refused) =>
-            {
-                call.progress.refused |= failure.nature == Nature::Refused;
-                self.remade += 1;
-                self.made = self.made.saturating_sub(1);
-                self.next = Next::Now;
-                self.last = Some(result);
-                return Outcome::Another;
-            }
             _ => {}
         }
         let is_fatal = !self.policy.codes().contains(failure.code);

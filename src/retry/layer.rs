@@ -262,6 +262,7 @@ where
             .map_err(|error| Error::from_ready(error.into()))
     }
 
+    #[inline]
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let at = match timeout_of(request.headers()) {
             Ok(None) => NEVER,
