@@ -27,6 +27,8 @@ use switchboard::{
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
+    sync::{Notify, mpsc},
+    time,
 };
 use tonic::{Code, Status};
 
@@ -331,5 +333,94 @@ async fn a_graceful_stop_lets_calls_finish_and_sends_new_ones_elsewhere() {
     }
     for call in long {
         assert_eq!(call.await.unwrap().unwrap(), "going");
+    }
+}
+
+/// Speaks just enough HTTP/2 by hand to change its mind: it allows no stream, and 100 once it is told to. It answers none.
+async fn allows_later(
+    mut socket: TcpStream,
+    allow: Arc<Notify>,
+    streams: Arc<AtomicUsize>,
+) -> std::io::Result<()> {
+    const HEADERS: u8 = 1;
+    const SETTINGS: u8 = 4;
+    const PING: u8 = 6;
+    const ACK: u8 = 1;
+    const MAX_CONCURRENT_STREAMS: u8 = 3;
+    let frame = |kind: u8, flags: u8, payload: &[u8]| {
+        let mut frame = vec![0, 0, payload.len() as u8, kind, flags, 0, 0, 0, 0];
+        frame.extend_from_slice(payload);
+        frame
+    };
+    let allowing = |streams: u8| frame(SETTINGS, 0, &[0, MAX_CONCURRENT_STREAMS, 0, 0, 0, streams]);
+    let mut preface = [0; 24];
+    socket.read_exact(&mut preface).await?;
+    socket.write_all(&allowing(0)).await?;
+    let (mut reading, mut writing) = socket.into_split();
+    // Frames are read by a task of their own: no read of half a one is given up.
+    let (told, mut frames) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        let mut head = [0; 9];
+        while reading.read_exact(&mut head).await.is_ok() {
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+            let mut payload = vec![0; length as usize];
+            reading.read_exact(&mut payload).await.unwrap();
+            let _ = told.send((head[3], head[4], payload));
+        }
+    });
+    loop {
+        let answer = tokio::select! {
+            () = allow.notified() => allowing(100),
+            read = frames.recv() => match read {
+                Some((SETTINGS, 0, _)) => frame(SETTINGS, ACK, &[]),
+                Some((PING, 0, payload)) => frame(PING, ACK, &payload),
+                Some((HEADERS, ..)) => {
+                    streams.fetch_add(1, SeqCst);
+                    continue;
+                }
+                Some(_) => continue,
+                None => return Ok(()),
+            },
+        };
+        writing.write_all(&answer).await?;
+    }
+}
+
+#[tokio::test]
+async fn calls_that_wait_for_a_stream_go_when_the_peer_allows_more() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (allow, streams) = (Arc::new(Notify::new()), Arc::new(AtomicUsize::new(0)));
+    let (told, seen) = (allow.clone(), streams.clone());
+    tokio::spawn(async move {
+        let (socket, _) = listener.accept().await.unwrap();
+        allows_later(socket, told, seen).await
+    });
+    let (manager, channel) = channel_to(&address);
+    manager
+        .ready("echo", 1, Duration::from_secs(5))
+        .await
+        .unwrap();
+    // Given calls that wait, for there is no stream
+    let calls: Vec<_> = (0..3)
+        .map(|_| {
+            let channel = channel.clone();
+            tokio::spawn(async move { call(&channel).await })
+        })
+        .collect();
+    time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(streams.load(SeqCst), 0);
+    // When the peer allows some, and nobody else calls
+    allow.notify_one();
+    // Then all go, long before they have waited enough
+    let allowed = time::Instant::now();
+    eventually("all go", || streams.load(SeqCst) == 3).await;
+    let took = allowed.elapsed();
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert!(calls.iter().all(|call| !call.is_finished()));
+    manager.stop().await;
+    for call in calls {
+        let status = call.await.unwrap().unwrap_err();
+        assert_eq!(status.code(), Code::Cancelled, "{status}");
     }
 }

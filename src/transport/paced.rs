@@ -7,7 +7,12 @@ use std::{
     task::{Context, Poll},
 };
 
-use tokio::runtime::{Handle, RuntimeFlavor};
+use bytes::Bytes;
+use h2::client::Connection;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    runtime::{Handle, RuntimeFlavor},
+};
 
 use super::core::Core;
 
@@ -25,16 +30,21 @@ const CROWD: usize = 16;
 /// side by side with the callers on other threads, with all of them after its one lock. Going behind those
 /// that are ready to run gathers their requests into one write, and took the processor time of a call from
 /// 8.5 to 5 µs at 64 in flight. A single-threaded runtime's queue does so by itself.
-pub(super) struct Paced<F> {
-    connection: F,
+///
+/// After each time it looks whether the peer allows more streams than those who wait know of.
+pub(super) struct Paced<I> {
+    connection: Connection<I, Bytes>,
     core: Arc<Core>,
     /// None where there is nothing to gain.
     made_way: Option<bool>,
 }
 
-impl<F> Paced<F> {
+impl<I> Paced<I>
+where
+    I: AsyncRead + AsyncWrite + Unpin,
+{
     /// To be called in the runtime that it will run in.
-    pub(super) fn new(connection: F, core: Arc<Core>) -> Self {
+    pub(super) fn new(connection: Connection<I, Bytes>, core: Arc<Core>) -> Self {
         let single = Handle::current().runtime_flavor() == RuntimeFlavor::CurrentThread;
         Self {
             connection,
@@ -44,10 +54,13 @@ impl<F> Paced<F> {
     }
 }
 
-impl<F: Future + Unpin> Future for Paced<F> {
-    type Output = F::Output;
+impl<I> Future for Paced<I>
+where
+    I: AsyncRead + AsyncWrite + Unpin,
+{
+    type Output = Result<(), h2::Error>;
 
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.made_way {
             // Woken => made way => polled => woken
             Some(false) if self.core.streams() > CROWD => {
@@ -59,6 +72,13 @@ impl<F: Future + Unpin> Future for Paced<F> {
             Some(true) => self.made_way = Some(false),
             _ => {}
         }
-        Pin::new(&mut self.connection).poll(cx)
+        let ended = Pin::new(&mut self.connection).poll(cx);
+        // Only a full house can have anybody waiting.
+        if ended.is_pending() && !self.core.has_slot() {
+            let connection = &self.connection;
+            self.core
+                .note_limit(|| connection.max_concurrent_send_streams());
+        }
+        ended
     }
 }
