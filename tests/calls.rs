@@ -108,10 +108,18 @@ fn kind(status: &Status) -> Option<Kind> {
 async fn a_failure_before_the_first_message_is_repeated_by_the_policy_and_each_attempt_says_which_it_is()
  {
     let server = EchoServer::start("a");
-    let (_manager, channel) = channel(&[&server], quick(3));
+    let (manager, channel) = channel(&[&server], quick(3));
     server.seen.fail_with([unavailable(), unavailable()]);
     call(&channel, nothing()).await.unwrap();
     assert_eq!(*server.seen.previous.lock().unwrap(), ["-", "1", "2"]);
+    let status = manager.status();
+    assert_eq!(status.roles[0].repeated.by_policy, 2);
+    assert!(
+        status.to_string().contains(", 2 calls made again\n"),
+        "{status}"
+    );
+    let json = serde_json::to_value(&status).unwrap();
+    assert_eq!(json["roles"][0]["repeated"]["by_policy"], 2, "{json}");
 
     // There are three attempts, and not four.
     server
@@ -358,6 +366,8 @@ async fn a_hedged_call_has_the_first_answer_and_cancels_the_others() {
     .await;
     let previous = [&one, &other].map(|server| server.seen.previous.lock().unwrap().concat());
     assert!(previous.contains(&"1".to_owned()), "{previous:?}");
+    let repeated = manager.status().roles[0].repeated;
+    assert_eq!((repeated.hedged, repeated.total()), (1, 1));
 }
 
 #[tokio::test]

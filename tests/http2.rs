@@ -281,6 +281,7 @@ async fn calls_above_a_goaway_are_made_again_on_the_next_connection() {
     // Those above it wait for the next connection, and are made there.
     calls.pop().unwrap().await.unwrap().unwrap();
     calls.pop().unwrap().await.unwrap().unwrap();
+    assert_eq!(manager.status().roles[0].repeated.unprocessed, 2);
     // New calls wait for the new connection; the first is still the old one's.
     for _ in 0..10 {
         call(&channel).await.unwrap();

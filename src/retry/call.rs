@@ -20,7 +20,7 @@ use super::{
     decide::{Failure, Nature, Verdict},
     hedge::Hedge,
     kept::Kept,
-    layer::{Shared, Spare},
+    layer::{Again, Shared, Spare},
 };
 use crate::{
     CancelToken,
@@ -227,17 +227,23 @@ where
                     };
                     let pause = match call.after(&attempted) {
                         Verdict::Final => None,
-                        Verdict::AtOnce => Some(None),
+                        Verdict::AtOnce => Some((Again::Unprocessed, None)),
                         // Where there is nothing to pause by, that was all.
-                        Verdict::Soon(delay) | Verdict::After(delay) => {
-                            call.owner.sleep(delay).ok().map(Some)
+                        Verdict::Soon(delay) => {
+                            let sleep = call.owner.sleep(delay).ok();
+                            sleep.map(|sleep| (Again::Unprocessed, Some(sleep)))
+                        }
+                        Verdict::After(delay) => {
+                            let sleep = call.owner.sleep(delay).ok();
+                            sleep.map(|sleep| (Again::ByPolicy, Some(sleep)))
                         }
                     };
-                    let Some(pause) = pause else {
+                    let Some((again, pause)) = pause else {
                         let result = call.result(attempted);
                         *this.call = None;
                         return Poll::Ready(result);
                     };
+                    call.owner.target().count(again);
                     call.before = match attempted.failure.nature {
                         Nature::Lost | Nature::Refused => attempted.result.err(),
                         _ => None,

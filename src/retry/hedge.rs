@@ -16,7 +16,7 @@ use super::{
     again::{Attempted, Attempts, Call, finally, polled_again},
     call::poll_cancel,
     decide::{Failure, Nature, Pushback, Verdict},
-    layer::{Owner, Spare},
+    layer::{Again, Owner, Spare},
 };
 use crate::{
     CancelToken,
@@ -40,6 +40,8 @@ where
     cancel: Option<Waiter<CancelToken>>,
     /// Attempts that count.
     made: u32,
+    /// The next one is made in the place of one that was not processed.
+    remaking: bool,
     /// The last failure, as long as others may do better.
     last: Option<Result<S::Response, Error>>,
 }
@@ -80,6 +82,7 @@ where
             call: Some(call),
             under_way: vec![Box::pin(first)],
             made: 1,
+            remaking: false,
             last: None,
         }
     }
@@ -198,6 +201,9 @@ where
                         return Poll::Pending;
                     }
                     self.made += 1;
+                    if !std::mem::replace(&mut self.remaking, false) {
+                        call.owner.target().count(Again::Hedged);
+                    }
                     call.progress.made = self.made;
                     let request = call.again()?;
                     let attempt = Box::pin(service.call(request.map(O::from)));
@@ -231,6 +237,8 @@ where
             call.avoid(peer);
         }
         if let Some(again) = again {
+            call.owner.target().count(Again::Unprocessed);
+            self.remaking = true;
             self.made = self.made.saturating_sub(1);
             self.next = again;
             self.last = Some(result);

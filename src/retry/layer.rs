@@ -3,7 +3,10 @@
 use std::{
     fmt,
     marker::PhantomData,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -101,6 +104,30 @@ pub(super) struct Shared<S> {
 pub(crate) struct Target {
     config: SharedConfig,
     throttle: ArcSwapOption<Throttle>,
+    // Written when a call is made again, which is seldom.
+    unprocessed: AtomicU64,
+    by_policy: AtomicU64,
+    hedged: AtomicU64,
+}
+
+/// How many attempts were made after the first ones of their calls, since the service or the role began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Repeated {
+    /// Because the one before was certainly not processed.
+    pub unprocessed: u64,
+    /// By a [`RetryPolicy`].
+    pub by_policy: u64,
+    /// By a [`HedgingPolicy`], beside others of the same call.
+    pub hedged: u64,
+}
+
+/// Why there is another attempt.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Again {
+    Unprocessed,
+    ByPolicy,
+    Hedged,
 }
 
 /// One clone's handle on its target, for those of its calls that are counted: so their counting is no count that all
@@ -242,6 +269,11 @@ impl<S, O> Retry<S, O> {
     pub fn config(&self) -> &SharedConfig {
         &self.shared.target.config
     }
+
+    /// How many calls it and its clones have made again.
+    pub fn repeated(&self) -> Repeated {
+        self.shared.target.repeated()
+    }
 }
 
 impl<S, O, B, R> Service<Request<B>> for Retry<S, O>
@@ -335,6 +367,15 @@ impl<S> fmt::Debug for Shared<S> {
     }
 }
 
+// === impl Repeated ===
+
+impl Repeated {
+    /// All together.
+    pub const fn total(&self) -> u64 {
+        self.unprocessed + self.by_policy + self.hedged
+    }
+}
+
 // === impl OwnTarget ===
 
 impl OwnTarget {
@@ -350,7 +391,25 @@ impl Target {
     pub(crate) fn new(config: SharedConfig) -> Self {
         Self {
             config,
-            throttle: ArcSwapOption::empty(),
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn count(&self, again: Again) {
+        let count = match again {
+            Again::Unprocessed => &self.unprocessed,
+            Again::ByPolicy => &self.by_policy,
+            Again::Hedged => &self.hedged,
+        };
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn repeated(&self) -> Repeated {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Repeated {
+            unprocessed: read(&self.unprocessed),
+            by_policy: read(&self.by_policy),
+            hedged: read(&self.hedged),
         }
     }
 

@@ -22,7 +22,7 @@ pub use self::{
     body::Body,
     call::ResponseFuture,
     codes::Codes,
-    layer::{Retry, RetryLayer},
+    layer::{Repeated, Retry, RetryLayer},
     policy::{HedgingPolicy, RetryPolicy, Throttling},
     response::Body as ResponseBody,
 };

@@ -12,12 +12,15 @@ use crate::pool::Refused;
 
 impl Serialize for Status {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        let mut to = to.serialize_struct("Status", 6)?;
+        let fields = if cfg!(feature = "manager") { 7 } else { 6 };
+        let mut to = to.serialize_struct("Status", fields)?;
         to.serialize_field("role", &*self.role)?;
         to.serialize_field("registry", &self.discovery)?;
         to.serialize_field("ready", &self.ready())?;
         to.serialize_field("idle", &self.idle)?;
         to.serialize_field("refused", &self.refused)?;
+        #[cfg(feature = "manager")]
+        to.serialize_field("repeated", &self.repeated)?;
         to.serialize_field("instances", &self.endpoints)?;
         to.end()
     }
@@ -29,6 +32,17 @@ impl Serialize for Refused {
         to.serialize_field("role", &self.role)?;
         to.serialize_field("peer", &self.peer)?;
         to.serialize_field("waiting", &self.waiting)?;
+        to.end()
+    }
+}
+
+#[cfg(feature = "manager")]
+impl Serialize for crate::retry::Repeated {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let mut to = to.serialize_struct("Repeated", 3)?;
+        to.serialize_field("unprocessed", &self.unprocessed)?;
+        to.serialize_field("by_policy", &self.by_policy)?;
+        to.serialize_field("hedged", &self.hedged)?;
         to.end()
     }
 }

@@ -29,6 +29,9 @@ pub struct Status {
     pub idle: bool,
     /// How many calls its limits have refused since it began.
     pub refused: Refused,
+    /// How many calls its channels have made again.
+    #[cfg(feature = "manager")]
+    pub repeated: crate::retry::Repeated,
     /// All its endpoints, by id.
     pub endpoints: Vec<EndpointStatus>,
 }
@@ -125,6 +128,8 @@ impl<S, P> Pool<S, P> {
             },
             idle: snapshot.asleep,
             refused: self.shared_limits().refused(),
+            #[cfg(feature = "manager")]
+            repeated: self.shared().target.repeated(),
             endpoints,
         }
     }

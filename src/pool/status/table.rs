@@ -31,10 +31,17 @@ impl fmt::Display for Status {
             "{role}: {ready} of {all} ready{idle}, registry {discovery}"
         )?;
         match self.refused.total() {
-            0 => writeln!(f)?,
-            1 => writeln!(f, ", 1 call over a limit")?,
-            n => writeln!(f, ", {n} calls over a limit")?,
+            0 => {}
+            1 => write!(f, ", 1 call over a limit")?,
+            n => write!(f, ", {n} calls over a limit")?,
         }
+        #[cfg(feature = "manager")]
+        match self.repeated.total() {
+            0 => {}
+            1 => write!(f, ", 1 call made again")?,
+            n => write!(f, ", {n} calls made again")?,
+        }
+        writeln!(f)?;
         let lines: Vec<_> = self.endpoints.iter().map(cells).collect();
         if lines.is_empty() {
             return Ok(());
