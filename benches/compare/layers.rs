@@ -14,7 +14,7 @@ use crate::{
     },
 };
 
-/// `<stack> <calls>`: what a process that is started with it calls, instead of the bench. A profiler's way in too.
+/// `<stack> <calls> <answers>`: what a process that is started with it calls, instead of the bench. A profiler's way in too.
 const ROLE: &str = "SWITCHBOARD_BENCH_LAYER";
 const ROUNDS: usize = 11;
 const SLICES: usize = 10;
@@ -144,7 +144,7 @@ fn instructions(stack: Stack) -> Option<f64> {
         let output = Command::new("valgrind")
             .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
             .arg(env::current_exe().ok()?)
-            .env(ROLE, format!("{stack:?} {calls}"))
+            .env(ROLE, format!("{stack:?} {calls} Later"))
             .output()
             .ok()?;
         let said = String::from_utf8_lossy(&output.stderr);
@@ -159,13 +159,19 @@ pub(crate) fn run_if_asked() {
     let Ok(role) = env::var(ROLE) else {
         return;
     };
-    let (name, calls) = role.split_once(' ').expect("two words");
+    let words: Vec<_> = role.split(' ').collect();
+    let [name, calls, answers] = words[..] else {
+        panic!("{ROLE} wants three words");
+    };
     let stack = Stack::ALL
         .into_iter()
-        .find(|stack| format!("{stack:?}") == name);
+        .find(|stack| format!("{stack:?}") == name)
+        .expect("a known one");
+    let answers = match answers {
+        "AtOnce" => Answers::AtOnce,
+        _ => Answers::Later,
+    };
     let calls = calls.parse().expect("a number");
-    stack
-        .expect("a known one")
-        .time(&Threads::One.runtime(), Answers::Later, 1, calls);
+    stack.time(&Threads::One.runtime(), answers, 1, calls);
     exit(0);
 }

@@ -215,7 +215,23 @@ where
         let Some(inner) = this.inner.as_mut().as_pin_mut() else {
             return Poll::Ready(None);
         };
-        let frame = match inner.poll_frame(cx) {
+        let over = match inner.poll_frame(cx) {
+            // Each frame is handed on as it came: to take it apart costs a copy.
+            Poll::Ready(Some(Ok(frame))) => {
+                let over = match (this.watch.as_mut(), frame.trailers_ref()) {
+                    (None, _) => None,
+                    (Some(watch), Some(trailers)) => watch.knows_better(trailers),
+                    (Some(watch), None) => watch.is_over(),
+                };
+                if over.is_none() {
+                    // It is at its end: nobody has to be woken for it.
+                    if !frame.is_data() {
+                        *this.watch = None;
+                    }
+                    return Poll::Ready(Some(Ok(frame)));
+                }
+                over
+            }
             Poll::Ready(Some(Err(error))) => {
                 // There was a response.
                 let failure = Error::from_service(error.into()).with_sent(Sent::Sent);
@@ -225,37 +241,24 @@ where
                 };
                 return Poll::Ready(Some(Err(failure)));
             }
-            Poll::Ready(Some(Ok(frame))) => Poll::Ready(Some(frame)),
-            Poll::Ready(None) => Poll::Ready(None),
-            Poll::Pending => Poll::Pending,
-        };
-        let over = match (&frame, this.watch.as_mut()) {
-            (_, None) => None,
-            (Poll::Pending, Some(watch)) => match watch.poll_over(cx) {
-                Poll::Ready(error) => Some(error),
-                Poll::Pending => None,
+            Poll::Ready(None) => {
+                *this.watch = None;
+                return Poll::Ready(None);
+            }
+            Poll::Pending => match this.watch.as_mut().map(|watch| watch.poll_over(cx)) {
+                Some(Poll::Ready(error)) => Some(error),
+                Some(Poll::Pending) | None => None,
             },
-            (Poll::Ready(Some(frame)), Some(watch)) => match frame.trailers_ref() {
-                Some(trailers) => watch.knows_better(trailers),
-                None => watch.is_over(),
-            },
-            (Poll::Ready(None), Some(_)) => None,
         };
-        if let Some(error) = over {
-            let error = match this.inner.as_ref().as_pin_ref() {
-                Some(inner) => explain(inner.get_ref(), error),
-                None => error,
-            };
-            this.inner.set(None);
-            *this.watch = None;
-            return Poll::Ready(Some(Err(error)));
-        }
-        match &frame {
-            Poll::Ready(Some(frame)) if frame.is_data() => {}
-            // It is at its end: nobody has to be woken for it.
-            Poll::Ready(_) => *this.watch = None,
-            Poll::Pending => {}
-        }
-        frame.map(|frame| frame.map(Ok))
+        let Some(error) = over else {
+            return Poll::Pending;
+        };
+        let error = match this.inner.as_ref().as_pin_ref() {
+            Some(inner) => explain(inner.get_ref(), error),
+            None => error,
+        };
+        this.inner.set(None);
+        *this.watch = None;
+        Poll::Ready(Some(Err(error)))
     }
 }
