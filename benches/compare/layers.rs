@@ -18,6 +18,8 @@ use crate::{
 const ROLE: &str = "SWITCHBOARD_BENCH_LAYER";
 const ROUNDS: usize = 11;
 const SLICES: usize = 10;
+/// Less than so many ns is less than what the same calls differ by from one build to the next.
+const NOISE: f64 = 20.0;
 
 /// Ours, and what a user would pick instead.
 const GROUPS: [(&str, Stack, &[Stack]); 5] = [
@@ -76,6 +78,10 @@ pub(crate) fn run() {
                     &format!("ns, {} over nothing, {callers} caller(s)", ours.name()),
                 );
                 for (stack, theirs) in candidates.iter().zip(&medians).skip(3) {
+                    if *theirs < NOISE {
+                        println!("# {} adds {theirs:.0} ns: no ratio", stack.name());
+                        continue;
+                    }
                     ratio(
                         &format!("layer_{name}{when}_{suffix}"),
                         medians[2] / theirs,
