@@ -40,6 +40,8 @@ where
     cancel: Option<Waiter<CancelToken>>,
     /// Attempts that count.
     made: u32,
+    /// There will be no more but in the place of one that did not count.
+    enough: bool,
     /// The last failure, as long as others may do better.
     last: Option<Result<S::Response, Error>>,
 }
@@ -80,6 +82,7 @@ where
             call: Some(call),
             under_way: vec![Box::pin(first)],
             made: 1,
+            enough: false,
             last: None,
         }
     }
@@ -202,7 +205,7 @@ where
                     let request = call.again()?;
                     let attempt = Box::pin(service.call(request.map(O::from)));
                     self.under_way.push(attempt);
-                    self.next = match self.made < self.policy.attempts() {
+                    self.next = match self.made < self.policy.attempts() && !self.enough {
                         true if self.policy.delay().is_zero() => Next::Now,
                         true => next_after(call, self.policy.delay()),
                         false => Next::No,
@@ -245,6 +248,7 @@ where
             }
             Nature::Final if !is_alone && is_not_let_in(&result) => {
                 self.next = Next::No;
+                self.enough = true;
                 self.not_made(result);
                 return Outcome::Another;
             }
@@ -261,6 +265,7 @@ where
             return Outcome::Fatal(result);
         }
         self.last = Some(result);
+        self.enough |= failure.pushback == Pushback::Stop;
         if !matches!(self.next, Next::No) {
             self.next = match failure.pushback {
                 Pushback::None => Next::Now,
