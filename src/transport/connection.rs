@@ -78,7 +78,10 @@ impl Connection {
             return Err(Error::new(Kind::Internal).with_reason("h2 gave no ping handle"));
         };
         let ending = Ending::of(core.clone());
-        let connection = Paced::new(connection, core.clone());
+        let connection = {
+            let limit = h2::client::Connection::max_concurrent_send_streams;
+            Paced::new(connection, limit, core.clone())
+        };
         let task = tokio::spawn(async move {
             let ending = ending;
             // Moved into the await: its drop is what fails the streams after a write error.

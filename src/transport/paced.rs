@@ -30,16 +30,19 @@ pub(super) struct Paced<F> {
     core: Arc<Core>,
     /// None where there is nothing to gain.
     made_way: Option<bool>,
+    /// How many streams the peer allows.
+    limit: fn(&F) -> usize,
 }
 
 impl<F> Paced<F> {
     /// To be called in the runtime that it will run in.
-    pub(super) fn new(connection: F, core: Arc<Core>) -> Self {
+    pub(super) fn new(connection: F, limit: fn(&F) -> usize, core: Arc<Core>) -> Self {
         let single = Handle::current().runtime_flavor() == RuntimeFlavor::CurrentThread;
         Self {
             connection,
             core,
             made_way: (!single).then_some(false),
+            limit,
         }
     }
 }
@@ -59,6 +62,11 @@ impl<F: Future + Unpin> Future for Paced<F> {
             Some(true) => self.made_way = Some(false),
             _ => {}
         }
-        Pin::new(&mut self.connection).poll(cx)
+        let polled = Pin::new(&mut self.connection).poll(cx);
+        // The peer may have said that it allows more, which nobody else tells those who wait: not even a stream that ends.
+        if !self.core.has_slot() {
+            self.core.note_limit(|| (self.limit)(&self.connection));
+        }
+        polled
     }
 }
