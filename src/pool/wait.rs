@@ -199,20 +199,22 @@ where
                         let error = shared.limits.refuse(is_full, &shared.role, pinned);
                         return Poll::Ready(Err(error));
                     }
-                    // Those that are left are waited for.
-                    Ok(None) | Err(_) => {}
+                    // Those that are left are waited for. Nobody tells when one that was full has room again.
+                    Ok(None) | Err(_) => self.look_later(),
                 }
             }
             // The few are busy: one that is not among them may be free.
             if full.is_none() && is_first_look && !self.candidates.is_empty() {
-                self.look = match self.elsewhere(cx, None) {
+                match self.elsewhere(cx, None) {
                     Ok(Some((candidate, places))) => {
                         return Poll::Ready(self.hand_over::<P>(candidate, places));
                     }
                     // These have no waker of this call.
-                    Ok(None) => Some(self.inner.driver.sleep(self.pause)),
-                    Err(_) => None,
-                };
+                    Ok(None) => self.look_later(),
+                    // Nor have these, which are full.
+                    Err(_) if self.has_others() => self.look_later(),
+                    Err(_) => {}
+                }
             }
             if found > 0 && self.candidates.is_empty() {
                 // They went down, and are passed by at the next look.
@@ -289,6 +291,21 @@ where
         let busy = busy.ok_or(Full::Peer)?;
         self.candidates.push(busy);
         Ok(None)
+    }
+
+    /// It looks after a while whether one that it does not wait for has room.
+    fn look_later(&mut self) {
+        if self.look.is_none() {
+            // Not all at once, who began to wait at once.
+            let pause = self.pause.mul_f64(0.75 + 0.5 * fastrand::f64());
+            self.look = Some(self.inner.driver.sleep(pause));
+        }
+    }
+
+    /// Whether there are more that it may go to than it waits for.
+    fn has_others(&self) -> bool {
+        let ready = self.inner.shared.snapshot.load().ready.len();
+        self.pinned.is_none() && ready > self.candidates.len()
     }
 
     /// An endpoint has the call.

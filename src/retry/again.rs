@@ -33,6 +33,8 @@ pub(super) struct Call<W> {
     avoid: Option<Avoid>,
     /// Since when it does not get out.
     lost: Option<u64>,
+    /// What is kept of its request was too little to make it again: somebody outside may have more.
+    spent: bool,
     /// How far any attempt got: what the call's error says.
     pub(super) sent: Sent,
     /// Why it was made again, uncounted. If nobody can take it then, that is what the caller is told.
@@ -66,6 +68,7 @@ impl<W: Owner> Call<W> {
             progress: Progress::new(),
             avoid: None,
             lost: None,
+            spent: false,
             sent: Sent::Unsent,
             before: None,
             owner: owner.clone(),
@@ -127,6 +130,7 @@ impl<W: Owner> Call<W> {
     ) -> Verdict {
         self.sent = self.sent.max(attempted.sent);
         let again = self.kept.source.take_back();
+        self.spent = !again;
         let verdict = self.progress.after(
             attempted.failure,
             again,
@@ -235,6 +239,11 @@ impl<W: Owner> Call<W> {
         match self.before.take() {
             Some(before) if attempted.failure.nature == Nature::Unsent => {
                 Err(before.with_sent_at_least(self.sent).given_up())
+            }
+            _ if self.spent => {
+                let sent = self.sent;
+                let failed = attempted.result.map_err(|e| e.with_sent_at_least(sent));
+                failed.map(|response| response.map(|body| response::Body::new(body, None)))
             }
             _ => finally(attempted.result, self.sent),
         }

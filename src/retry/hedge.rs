@@ -42,6 +42,8 @@ where
     made: u32,
     /// The next one is made in the place of one that was not processed.
     remaking: bool,
+    /// There will be no more but in the place of one that did not count.
+    enough: bool,
     /// The last failure, as long as others may do better.
     last: Option<Result<S::Response, Error>>,
 }
@@ -83,6 +85,7 @@ where
             under_way: vec![Box::pin(first)],
             made: 1,
             remaking: false,
+            enough: false,
             last: None,
         }
     }
@@ -208,7 +211,7 @@ where
                     let request = call.again()?;
                     let attempt = Box::pin(service.call(request.map(O::from)));
                     self.under_way.push(attempt);
-                    self.next = match self.made < self.policy.attempts() {
+                    self.next = match self.made < self.policy.attempts() && !self.enough {
                         true if self.policy.delay().is_zero() => Next::Now,
                         true => next_after(call, self.policy.delay()),
                         false => Next::No,
@@ -253,6 +256,7 @@ where
             }
             Nature::Final if !is_alone && is_not_let_in(&result) => {
                 self.next = Next::No;
+                self.enough = true;
                 self.not_made(result);
                 return Outcome::Another;
             }
@@ -269,6 +273,7 @@ where
             return Outcome::Fatal(result);
         }
         self.last = Some(result);
+        self.enough |= failure.pushback == Pushback::Stop;
         if !matches!(self.next, Next::No) {
             self.next = match failure.pushback {
                 Pushback::None => Next::Now,

@@ -3,6 +3,7 @@
 use std::{
     future::Future,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -10,7 +11,7 @@ use http::{HeaderMap, Response};
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
 
-use crate::error::{BoxError, Error, Kind, Sent};
+use crate::error::{BoxError, Error, Kind, Peer, Sent};
 
 /// What may end a call.
 pub(crate) trait Watch {
@@ -121,7 +122,10 @@ where
                 if let Some(watch) = &mut watch
                     && let Some(error) = watch.knows_better(response.headers())
                 {
-                    return Poll::Ready(Err(error));
+                    return Poll::Ready(Err(match response.extensions().get::<Peer>() {
+                        Some(peer) => error.with_peer(&Arc::new(peer.clone())),
+                        None => error,
+                    }));
                 }
                 Poll::Ready(Ok(response.map(|inner| body(Rest::new(inner, watch)))))
             }

@@ -133,8 +133,12 @@ impl<H: Holder> Timed<H> {
 }
 
 /// A sleep, which also ends with the runtime that it is on: whoever it was for looks at the clock, or at what else has ended.
+///
+/// It goes along with a call that is polled on another runtime: nobody may be driving the one before.
 pub(crate) struct Pause {
     sleep: Pin<Box<Sleep>>,
+    /// Where it was polled last, or made.
+    on: Option<runtime::Id>,
     unless: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
 }
 
@@ -152,6 +156,7 @@ impl Pause {
     fn new(duration: Duration) -> Self {
         Self {
             sleep: Box::pin(time::sleep(duration)),
+            on: runtime::Handle::try_current().ok().map(|here| here.id()),
             unless: None,
         }
     }
@@ -174,6 +179,12 @@ impl Pause {
         {
             self.unless = None;
             return Poll::Ready(());
+        }
+        if let Ok(here) = runtime::Handle::try_current()
+            && self.on.replace(here.id()) != Some(here.id())
+            && crate::pool::has_timer()
+        {
+            self.sleep = Box::pin(time::sleep_until(self.sleep.deadline()));
         }
         // Tokio panics where the runtime has ended, and has no way to ask.
         let sleep = AssertUnwindSafe(|| self.sleep.as_mut().poll(cx));
