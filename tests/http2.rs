@@ -209,17 +209,21 @@ async fn a_reset_has_grpcs_code_for_it_and_may_have_been_processed() {
     }
 }
 
+const HEADERS: u8 = 1;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const GOAWAY: u8 = 7;
+
+/// A frame of the connection's own.
+fn frame(kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
+    let mut frame = vec![0, 0, payload.len() as u8, kind, flags, 0, 0, 0, 0];
+    frame.extend_from_slice(payload);
+    frame
+}
+
 /// Speaks just enough HTTP/2 by hand to say a GOAWAY that no library says: after `streams` requests, that
 /// only the first was taken. It stays open, and answers nothing.
 async fn goes_away_after(streams: u8, mut socket: TcpStream) -> std::io::Result<()> {
-    const SETTINGS: u8 = 4;
-    const PING: u8 = 6;
-    const HEADERS: u8 = 1;
-    let frame = |kind: u8, flags: u8, payload: &[u8]| {
-        let mut frame = vec![0, 0, payload.len() as u8, kind, flags, 0, 0, 0, 0];
-        frame.extend_from_slice(payload);
-        frame
-    };
     let mut preface = [0; 24];
     socket.read_exact(&mut preface).await?;
     socket.write_all(&frame(SETTINGS, 0, &[])).await?;
@@ -235,7 +239,6 @@ async fn goes_away_after(streams: u8, mut socket: TcpStream) -> std::io::Result<
             (HEADERS, _) => {
                 seen += 1;
                 if seen == streams {
-                    const GOAWAY: u8 = 7;
                     let last_stream_1_no_error = [0, 0, 0, 1, 0, 0, 0, 0];
                     socket
                         .write_all(&frame(GOAWAY, 0, &last_stream_1_no_error))
@@ -343,16 +346,8 @@ async fn allows_later(
     allow: Arc<Notify>,
     streams: Arc<AtomicUsize>,
 ) -> std::io::Result<()> {
-    const HEADERS: u8 = 1;
-    const SETTINGS: u8 = 4;
-    const PING: u8 = 6;
     const ACK: u8 = 1;
     const MAX_CONCURRENT_STREAMS: u8 = 3;
-    let frame = |kind: u8, flags: u8, payload: &[u8]| {
-        let mut frame = vec![0, 0, payload.len() as u8, kind, flags, 0, 0, 0, 0];
-        frame.extend_from_slice(payload);
-        frame
-    };
     let allowing = |streams: u8| frame(SETTINGS, 0, &[0, MAX_CONCURRENT_STREAMS, 0, 0, 0, streams]);
     let mut preface = [0; 24];
     socket.read_exact(&mut preface).await?;

@@ -4,15 +4,15 @@
 //! of calls to servers outside of valgrind. Two such runs of different lengths, subtracted, leave the
 //! calls alone.
 
-use std::{
-    env,
-    net::SocketAddr,
-    process::{Command, exit},
-};
+use std::{env, net::SocketAddr, process::exit};
 
 use crate::{
     report::{info, ratio},
-    support::{callers::Kind, measure::Threads, servers::Servers},
+    support::{
+        callers::Kind,
+        measure::{self, Threads},
+        servers::Servers,
+    },
 };
 
 /// `<candidate> <threads> <in flight> <calls> <address>`: what a process that is started with it does,
@@ -57,15 +57,8 @@ pub(crate) fn run() {
 
 /// The instructions of a whole process that makes so many calls.
 fn count(kind: &str, calls: usize, address: SocketAddr) -> Option<u64> {
-    let output = Command::new("valgrind")
-        .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
-        .arg(env::current_exe().ok()?)
-        .env(ROLE, format!("{kind} 1 {IN_FLIGHT} {calls} {address}"))
-        .output()
-        .ok()?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    let collected = said.lines().find_map(|line| line.split_once("Collected :"));
-    collected?.1.trim().parse().ok()
+    let role = format!("{kind} 1 {IN_FLIGHT} {calls} {address}");
+    measure::instructions(ROLE, role)
 }
 
 /// In a process that was started as a client: makes the calls and does not return.

@@ -1,16 +1,13 @@
 //! Each layer alone, and all of them over a pool: what they add to a whole gRPC request, beside tower's and
 //! tower-resilience's.
 
-use std::{
-    env,
-    process::{Command, exit},
-};
+use std::{env, process::exit};
 
 use crate::{
     report::{info, ratio},
     support::{
         layers::{Answers, Stack},
-        measure::{Threads, median},
+        measure::{self, Threads, median},
     },
 };
 
@@ -142,21 +139,12 @@ const fn slice(stack: Stack) -> u64 {
     }
 }
 
-/// The user-space instructions of a call, by valgrind: no noise touches them.
+/// The user-space instructions of a call.
 fn instructions(stack: Stack) -> Option<f64> {
     const FEW: u64 = 1_000;
     const MANY: u64 = 11_000;
-    let [few, many] = [FEW, MANY].map(|calls| {
-        let output = Command::new("valgrind")
-            .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
-            .arg(env::current_exe().ok()?)
-            .env(ROLE, format!("{stack:?} {calls} Later"))
-            .output()
-            .ok()?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        let collected = said.lines().find_map(|line| line.split_once("Collected :"));
-        collected?.1.trim().parse::<u64>().ok()
-    });
+    let [few, many] =
+        [FEW, MANY].map(|calls| measure::instructions(ROLE, format!("{stack:?} {calls} Later")));
     Some((many? - few?) as f64 / (MANY - FEW) as f64)
 }
 
