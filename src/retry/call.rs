@@ -20,7 +20,8 @@ use super::{
     decide::{Failure, Nature, Verdict},
     hedge::Hedge,
     kept::Kept,
-    layer::{Again, Shared, Spare},
+    layer::{Shared, Spare},
+    target::Again,
 };
 use crate::{
     CancelToken,

@@ -16,7 +16,8 @@ use super::{
     again::{Attempted, Attempts, Call, finally, polled_again},
     call::poll_cancel,
     decide::{Failure, Nature, Pushback, Verdict},
-    layer::{Again, Owner, Spare},
+    layer::{Owner, Spare},
+    target::Again,
 };
 use crate::{
     CancelToken,

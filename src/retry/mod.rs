@@ -16,19 +16,22 @@ mod kept;
 mod layer;
 mod policy;
 mod response;
+mod target;
 mod throttle;
 
 pub use self::{
     body::Body,
     call::ResponseFuture,
     codes::Codes,
-    layer::{Repeated, Retry, RetryLayer},
+    layer::{Retry, RetryLayer},
     policy::{HedgingPolicy, RetryPolicy, Throttling},
     response::Body as ResponseBody,
+    target::Repeated,
 };
 #[cfg(feature = "manager")]
 pub(crate) use self::{
     call::Calls,
-    layer::{OwnTarget, Owner, Spare, Target},
+    layer::{Owner, Spare},
+    target::{OwnTarget, Target},
 };
 pub(crate) use self::{kept::is_bare, throttle::Throttle};

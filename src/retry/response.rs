@@ -10,7 +10,7 @@ use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tonic::Code;
 
-use super::{Codes, decide::code_of, layer::Counted};
+use super::{Codes, decide::code_of, target::Counted};
 
 pin_project! {
     /// A response body whose end counts for the throttle of its service, if there is one.
