@@ -478,7 +478,10 @@ async fn a_peer_that_is_full_is_passed_by_while_another_has_room() {
         Session::new("echo", full.address()).with_id("full"),
         Session::new("echo", roomy.address()).with_id("roomy"),
     ];
-    let manager = ConnectionManager::builder(Fixed::new(sessions).unwrap()).build();
+    let connector = Connector::new().max_connections(1).unwrap();
+    let manager = ConnectionManager::builder(Fixed::new(sessions).unwrap())
+        .connector(connector)
+        .build();
     let channel = manager.channel("echo");
     let mut held = Vec::new();
     // By its load alone, the full one would be the pick.

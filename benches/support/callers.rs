@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use switchboard::{ConnectionManager, Session, registry::Fixed};
+use switchboard::{ConnectionManager, Session, registry::Fixed, transport::Connector};
 use tokio::task::JoinSet;
 use tonic::{
     client::GrpcService,
@@ -36,6 +36,8 @@ pub(crate) struct Candidate(Box<dyn Drive>);
 pub(crate) enum Kind {
     /// This crate's `Channel`, all of it.
     Managed,
+    /// The same with so many connections to a peer at most.
+    ManagedOver(usize),
     /// A bare `tonic::transport::Channel`, to one server.
     Channel,
     /// `tonic::transport::Channel::balance_list`.
@@ -60,7 +62,15 @@ impl Kind {
             Endpoint::from_shared(format!("http://{address}")).expect("a valid URI")
         };
         let candidate = match (self, addresses) {
-            (Self::Managed, _) => Candidate(Box::new(EchoClient::new(managed(addresses)))),
+            (Self::Managed, _) => {
+                let channel = managed(addresses, Connector::new());
+                Candidate(Box::new(EchoClient::new(channel)))
+            }
+            (Self::ManagedOver(most), _) => {
+                let connector = Connector::new().max_connections(most).expect("in bounds");
+                let channel = managed(addresses, connector);
+                Candidate(Box::new(EchoClient::new(channel)))
+            }
             (Self::Channel, [only]) => {
                 let channel = endpoint(only).connect().await.expect("the server listens");
                 Candidate(Box::new(EchoClient::new(channel)))
@@ -82,6 +92,8 @@ impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Managed => "managed",
+            Self::ManagedOver(1) => "managed, 1 connection",
+            Self::ManagedOver(most) => return write!(f, "managed, {most} connections"),
             Self::Channel => "tonic Channel",
             Self::Balance => "tonic balance_list",
             Self::RawH2 => "raw h2",
@@ -90,10 +102,11 @@ impl fmt::Display for Kind {
 }
 
 /// The whole managed stack over these servers.
-fn managed(addresses: &[SocketAddr]) -> switchboard::Channel {
+fn managed(addresses: &[SocketAddr], connector: Connector) -> switchboard::Channel {
     let session = |address: &SocketAddr| Session::new("echo", address.to_string());
     let servers = Fixed::new(addresses.iter().map(session)).expect("valid sessions");
-    ConnectionManager::builder(servers).build().channel("echo")
+    let manager = ConnectionManager::builder(servers).connector(connector);
+    manager.build().channel("echo")
 }
 
 // === impl Caller ===

@@ -96,10 +96,18 @@ pub enum Health {
 /// Without one a pool still works: it learns of a loss from the service's `poll_ready`, and cannot end
 /// the calls in flight to a peer that was deleted.
 pub trait Lifeline: fmt::Debug + Send + Sync {
-    /// Ends when the connection is gone or takes no new calls, with the reason. Several may wait.
+    /// Ends when the connection, or the last of several, is gone, with the reason. Several may wait.
     ///
     /// Cancel safe: dropping the future loses nothing.
     fn closed(&self) -> BoxFuture<'_, Error>;
+
+    /// Ends when it takes no new calls, with the reason; those in flight go on, and [`Lifeline::closed`] ends with them.
+    /// The endpoint connects anew then. Default: never.
+    ///
+    /// Cancel safe, as [`Lifeline::closed`].
+    fn leaving(&self) -> BoxFuture<'_, Error> {
+        Box::pin(std::future::pending())
+    }
 
     /// Ends when whoever answers has said that it is not the instance that was to be called, with an error of
     /// [`Kind::OtherInstance`](crate::Kind::OtherInstance). The connection takes no new calls from then on, and those
@@ -117,6 +125,11 @@ pub trait Lifeline: fmt::Debug + Send + Sync {
     /// short its life; a peer that only accepts and hangs up is dialled with backoff.
     fn has_served(&self) -> bool {
         false
+    }
+
+    /// How many connections take calls, of those that it is the life of. Default 1.
+    fn connections(&self) -> usize {
+        1
     }
 }
 

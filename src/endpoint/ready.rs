@@ -10,6 +10,7 @@ use std::{
 };
 
 use super::{
+    Lifeline,
     limiter::Limiter,
     load::{Guard, Load},
 };
@@ -22,6 +23,7 @@ pub(crate) struct Ready<S> {
     pub(crate) key: u64,
     /// How many calls it may have, over all its connections.
     pub(crate) limiter: Option<Arc<Limiter>>,
+    lifeline: Option<Arc<dyn Lifeline>>,
     // Shut for good by the first call that finds the service done for. Later picks pass it by at once, without
     // waiting for the driver: a dead peer has no load, and would attract them all. Shut, until further notice, by a
     // peer that says that it does not serve.
@@ -39,9 +41,21 @@ impl<S> Ready<S> {
             load: Load::new(peer.clone()),
             key,
             limiter,
+            lifeline: None,
             gate: Core::new(),
             used: AtomicBool::new(false),
         }
+    }
+
+    /// The same, with the life of its connections.
+    pub(crate) fn with_lifeline(mut self, lifeline: Option<&Arc<dyn Lifeline>>) -> Self {
+        self.lifeline = lifeline.cloned();
+        self
+    }
+
+    /// How many connections take its calls.
+    pub(crate) fn connections(&self) -> usize {
+        self.lifeline.as_ref().map_or(1, |life| life.connections())
     }
 
     /// Counts a call in.

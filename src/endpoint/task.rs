@@ -231,12 +231,9 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
         lifeline: Option<&Arc<dyn Lifeline>>,
         mut health: Option<HealthStream>,
     ) -> Result<Error, Ended> {
-        let ready = Arc::new(Ready::new(
-            service,
-            self.target.peer(),
-            self.key,
-            self.limiter.clone(),
-        ));
+        let limiter = self.limiter.clone();
+        let ready = Ready::new(service, self.target.peer(), self.key, limiter);
+        let ready = Arc::new(ready.with_lifeline(lifeline));
         // Not known => (serving | not serving) => ...
         let mut serves = match health {
             None => {
@@ -379,7 +376,7 @@ async fn next_word(health: &mut Option<HealthStream>) -> Health {
     std::future::pending().await
 }
 
-/// Until it is closed, or its peer has said that it is another.
+/// Until it takes no new calls, is closed, or its peer has said that it is another.
 async fn over(lifeline: Option<&Arc<dyn Lifeline>>) -> Error {
     let Some(lifeline) = lifeline else {
         return std::future::pending().await;
@@ -388,6 +385,7 @@ async fn over(lifeline: Option<&Arc<dyn Lifeline>>) -> Error {
         biased;
         // First: that tells more, and a peer may close after it.
         why = lifeline.disowned() => why,
+        why = lifeline.leaving() => why,
         why = lifeline.closed() => why,
     }
 }

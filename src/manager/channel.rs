@@ -27,7 +27,7 @@ use crate::{
     error::{Error, Kind, Sent},
     pool::{self, Pool, in_turn},
     retry::{self, Calls, OwnTarget, Owner, Spare, Target, is_bare},
-    transport::{self, Connection},
+    transport::{self, Connections},
     waiters::{
         Holder, NEVER, Over, Table, Timers, Waiter, after,
         guard::{Head, Rest, Watch},
@@ -86,19 +86,19 @@ struct Handle(Arc<Shared>, OwnTarget);
 /// What a channel and its clones share.
 #[derive(Debug)]
 struct Shared {
-    pool: Pool<Connection>,
+    pool: Pool<Connections>,
     // Relaxed: a call arms its slot, under a lock, and then reads this; `stop` writes this and then takes the same locks.
     stopped: AtomicBool,
 }
 
-type Inner = pool::ResponseFuture<Connection, Request<retry::Body>>;
+type Inner = pool::ResponseFuture<Connections, Request<retry::Body>>;
 
 pin_project! {
     /// The response of a [`Channel`].
     #[must_use = "futures do nothing unless polled"]
     pub struct ResponseFuture {
         #[pin]
-        head: Head<Calls<Handle, Pool<Connection>, retry::Body>, Ends>,
+        head: Head<Calls<Handle, Pool<Connections>, retry::Body>, Ends>,
     }
 }
 
@@ -123,7 +123,7 @@ struct Ends {
 // === impl Channel ===
 
 impl Channel {
-    pub(super) fn new(pool: Pool<Connection>) -> Self {
+    pub(super) fn new(pool: Pool<Connections>) -> Self {
         Self {
             route: Route::Pool(Handle::new(Arc::new(Shared {
                 pool,
@@ -352,8 +352,8 @@ impl Owner for Handle {
     }
 }
 
-impl Spare<Pool<Connection>> for Handle {
-    fn spare(&self) -> Pool<Connection> {
+impl Spare<Pool<Connections>> for Handle {
+    fn spare(&self) -> Pool<Connections> {
         self.0.pool.clone()
     }
 }
@@ -419,7 +419,7 @@ impl Watch for Ends {
     }
 }
 
-fn stopped_error(pool: &Pool<Connection>) -> Error {
+fn stopped_error(pool: &Pool<Connections>) -> Error {
     Error::new(Kind::Stopped)
         .with_sent(Sent::Sent)
         .with_role(&pool.role_arc())

@@ -20,6 +20,7 @@ pub struct Instance {
     state: Connectivity,
     since: SystemTime,
     in_flight: usize,
+    connections: usize,
     why: Option<SharedError>,
     channel: Channel,
 }
@@ -37,6 +38,7 @@ impl Instance {
             state: status.state,
             since: status.since,
             in_flight: status.in_flight,
+            connections: status.connections,
             why: status.last_error,
         })
     }
@@ -84,6 +86,11 @@ impl Instance {
     /// Calls in flight.
     pub fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    /// How many connections take its calls.
+    pub fn connections(&self) -> usize {
+        self.connections
     }
 
     /// Why it is not ready, if that is known.

@@ -49,7 +49,7 @@ use crate::{
     pool::{Held, Pool, PoolConfig, Setup},
     registry::{Registry, session::check_role},
     retry::Target,
-    transport::{Connection, Connector},
+    transport::{Connections, Connector},
 };
 
 /// Manages all connections of a process: a balanced pool for each role, found through one registry.
@@ -96,7 +96,7 @@ struct Roles {
     targets: BTreeMap<String, Arc<Target>>,
     known: BTreeMap<String, Role>,
     /// Their pools are finishing the calls in flight.
-    released: Vec<Pool<Connection>>,
+    released: Vec<Pool<Connections>>,
     /// None once it was stopped.
     open: Option<Open>,
 }
@@ -109,7 +109,7 @@ struct Open {
 }
 
 struct Role {
-    pool: Pool<Connection>,
+    pool: Pool<Connections>,
     /// It is depended on, and so never idle.
     depended_on: Option<Held>,
 }
@@ -345,7 +345,7 @@ impl ConnectionManager {
         join_all(pools.iter().map(|pool| pool.stop_gracefully(grace))).await;
     }
 
-    fn pool(&self, role: &str) -> Result<Pool<Connection>, Error> {
+    fn pool(&self, role: &str) -> Result<Pool<Connections>, Error> {
         check_role(role)?;
         // The registry may be a user's own, and ask this manager: not under the lock.
         let Open { registry, bus } = {

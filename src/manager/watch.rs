@@ -17,7 +17,7 @@ use crate::{
         changes::{Change, Changes},
         status::{Connectivity, EndpointStatus},
     },
-    transport::Connection,
+    transport::Connections,
 };
 
 /// The instances of a role: first those that are there, then every change; see
@@ -37,8 +37,8 @@ pub struct Watch {
 
 enum Source {
     Pool {
-        pool: WeakPool<Connection>,
-        changes: Box<Changes<Connection>>,
+        pool: WeakPool<Connections>,
+        changes: Box<Changes<Connections>>,
         /// Of a change that is told in two.
         /// Its status, and no instance, whose channel would keep the pool alive.
         next: Option<Box<EndpointStatus>>,
@@ -74,7 +74,7 @@ pub enum InstanceChange {
 // === impl Watch ===
 
 impl Watch {
-    pub(super) fn new(pool: Result<Pool<Connection>, Error>, role: &str) -> Self {
+    pub(super) fn new(pool: Result<Pool<Connections>, Error>, role: &str) -> Self {
         let source = match pool {
             Ok(pool) => Source::Pool {
                 changes: Box::new(Changes::new(pool.shared().clone())),

@@ -8,14 +8,12 @@ use std::{
 
 use bytes::Bytes;
 use h2::{Ping, client::SendRequest};
-use http::{
-    HeaderMap,
-    uri::{Authority, Scheme},
-};
+use http::uri::Scheme;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
     Connector,
+    common::Common,
     core::{AbortOnDrop, Core, Ending},
     paced::Paced,
     pings::{self, Keepalive},
@@ -47,14 +45,13 @@ impl Connection {
     /// Speaks HTTP/2 over `io`, and returns when the peer has answered a ping.
     pub(super) async fn handshake<I>(
         io: I,
-        authority: Authority,
-        identity: HeaderMap,
+        common: &Arc<Common>,
         config: &Connector,
     ) -> Result<Self, Error>
     where
         I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let core = Arc::new(Core::new(authority, identity, config));
+        let core = Arc::new(Core::new(common.clone(), config.keepalive_interval));
         let io = Socket::new(io, core.clone());
         let failed = |error: h2::Error| {
             Error::new(Kind::ConnectionLost)
@@ -99,10 +96,14 @@ impl Connection {
         // The answer to a ping comes after the peer's settings.
         core.note_limit(|| send.current_max_send_streams());
         let keepalive = Keepalive {
-            interval: config.keepalive_interval,
+            interval: core.keepalive_interval,
             timeout: config.keepalive_timeout,
             while_idle: config.keepalive_while_idle,
         };
+        common.admit(&core).map_err(|why| match why.reason() {
+            Some(why) => failed_because(&core, &why),
+            None => why,
+        })?;
         tokio::spawn(pings::run(core.clone(), pings, keepalive));
         undo.disarm();
         Ok(Self {
@@ -113,7 +114,7 @@ impl Connection {
         })
     }
 
-    /// The same for questions of our own: that they are answered is no use to anybody.
+    /// The same handle, for questions of our own: that they are answered is no use to anybody.
     #[cfg(feature = "health")]
     pub(super) fn for_ourselves(mut self) -> Self {
         self.serves = false;
@@ -122,7 +123,7 @@ impl Connection {
 
     /// Its lifeline, to be told of its end and to close it.
     pub fn lifeline(&self) -> Arc<dyn Lifeline> {
-        self.core.clone()
+        self.core.common.clone()
     }
 
     /// How many calls are using it.
@@ -132,19 +133,32 @@ impl Connection {
 
     pub(super) fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         loop {
-            if let Some(error) = self.core.error().or_else(|| self.core.identity.error()) {
-                return Poll::Ready(Err(error.with_sent(Sent::Unsent)));
-            }
-            if let Err(error) = ready!(self.send.poll_ready(cx)) {
-                return Poll::Ready(Err(self.core.classify(error).with_sent(Sent::Unsent)));
-            }
-            if self.core.has_slot() {
+            ready!(self.poll_usable(cx))?;
+            // For what is shared by several connections only those wait that take a stream of any: one that waits for this
+            // one would keep a wake that is meant for the others. h2 has our own questions wait by itself.
+            if !self.serves || self.core.has_slot() {
                 self.waiting.end();
                 return Poll::Ready(Ok(()));
             }
             let limit = || self.send.current_max_send_streams();
-            ready!(self.core.poll_slot(&mut self.waiting, limit, cx));
+            let note = || self.core.note_limit(limit);
+            ready!(self.waiting.poll(&self.core.common.slot_free, note, cx));
         }
+    }
+
+    /// Whether it takes calls, if there is a stream for them.
+    pub(super) fn poll_usable(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        let over = self
+            .core
+            .error()
+            .or_else(|| self.core.common.identity.error());
+        if let Some(error) = over {
+            return Poll::Ready(Err(error.with_sent(Sent::Unsent)));
+        }
+        Poll::Ready(match ready!(self.send.poll_ready(cx)) {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.core.classify(error).with_sent(Sent::Unsent)),
+        })
     }
 }
 
@@ -153,7 +167,7 @@ fn failed_because(core: &Core, why: &str) -> Error {
     if !core.heard() {
         reason.push_str(", and the peer had said nothing");
         // Servers in Go hang up on plaintext without a word.
-        if core.scheme == Scheme::HTTP {
+        if core.common.scheme == Scheme::HTTP {
             reason.push_str("; it may want TLS");
         }
     }

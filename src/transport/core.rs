@@ -5,50 +5,44 @@ use std::{
     fmt,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
-    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
-use http::{
-    HeaderMap, HeaderValue,
-    uri::{Authority, Scheme},
-};
-use tokio::{runtime, sync::Notify, task::AbortHandle};
+use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Connector,
-    identity::Identity,
+    common::{Common, Why},
+    frames::GoAway,
     resets::Resets,
-    slots::{Slots, Waiting},
+    slots::Slots,
 };
 use crate::{
-    endpoint::{BoxFuture, Lifeline},
     error::{Error, Kind, Sent},
     sync::Padded,
 };
 
+/// More calls on one connection than this, and another one may be worth its while; see [`super::several`].
+pub(super) const CROWD: usize = 32;
+
 /// What a connection's handles, calls and tasks share.
 pub(super) struct Core {
-    pub(super) scheme: Scheme,
-    pub(super) authority: Authority,
-    pub(super) user_agent: HeaderValue,
-    pub(super) max_header_list_size: usize,
-    pub(super) identity: Identity,
-    /// Where pumps of streaming requests run: a call may be made outside of any runtime.
-    pub(super) runtime: runtime::Handle,
+    pub(super) common: Arc<Common>,
+    /// How often its peer is pinged at least, if at all.
+    pub(super) keepalive_interval: Option<Duration>,
     // The limit is beside the count: whoever reads it has just read or written that.
     slots: Padded<Slots>,
-    slot_free: Arc<Notify>,
     resets: Resets,
     /// When something was last read, in nanoseconds after `born`.
     last_read: AtomicU64,
     born: Instant,
-    served: AtomicBool,
+    /// Why it takes no new calls, though it may have some; set once and before `leaves`.
+    why_leaving: OnceLock<String>,
+    leaves: CancellationToken,
     /// Why it was closed, written once and before it is.
-    closed: OnceLock<(Kind, Option<String>)>,
+    closed: OnceLock<Why>,
     /// Its task has ended, and the socket is closed.
     ended: CancellationToken,
     task: OnceLock<AbortHandle>,
@@ -66,21 +60,19 @@ pub(super) struct Ending(Arc<Core>);
 // === impl Core ===
 
 impl Core {
-    /// Of a connection that is being made; to be called in the runtime that it will run in.
-    pub(super) fn new(authority: Authority, identity: HeaderMap, config: &Connector) -> Self {
+    /// Of a connection that is being made.
+    pub(super) fn new(common: Arc<Common>, keepalive_interval: Option<Duration>) -> Self {
+        let keepalive_interval =
+            keepalive_interval.map(|most| common.polite.interval(common.authority.as_str(), most));
         Self {
-            scheme: config.scheme(),
-            authority,
-            user_agent: config.user_agent.clone(),
-            max_header_list_size: config.max_header_list_size,
-            identity: Identity::new(identity),
-            runtime: runtime::Handle::current(),
+            common,
+            keepalive_interval,
             slots: Padded(Slots::new()),
-            slot_free: Arc::new(Notify::new()),
             resets: Resets::new(),
             last_read: AtomicU64::new(0),
             born: Instant::now(),
-            served: AtomicBool::new(false),
+            why_leaving: OnceLock::new(),
+            leaves: CancellationToken::new(),
             closed: OnceLock::new(),
             ended: CancellationToken::new(),
             task: OnceLock::new(),
@@ -93,8 +85,11 @@ impl Core {
     }
 
     /// Takes a stream. It may be one too many when several do at once: h2 then queues it.
+    #[inline]
     pub(super) fn take_slot(self: &Arc<Self>) -> Slot {
-        self.slots.take();
+        if self.slots.take() > CROWD {
+            self.common.crowded();
+        }
         Slot { core: self.clone() }
     }
 
@@ -102,24 +97,56 @@ impl Core {
         self.slots.taken()
     }
 
-    pub(super) fn has_slot(&self) -> bool {
-        self.slots.has_room()
+    /// How many streams the peer allows, as far as is known.
+    pub(super) fn most_streams(&self) -> usize {
+        self.slots.most()
     }
 
-    /// There was no slot: ready if one has to look again. Else it has this task woken.
-    pub(super) fn poll_slot(
-        &self,
-        waiting: &mut Waiting,
-        limit: impl Fn() -> usize,
-        cx: &mut Context<'_>,
-    ) -> Poll<()> {
-        waiting.poll(&self.slots, &self.slot_free, limit, cx)
+    pub(super) fn has_slot(&self) -> bool {
+        self.slots.has_room()
     }
 
     /// The peer allows so many streams.
     pub(super) fn note_limit(&self, read: impl Fn() -> usize) {
         if self.slots.note(read) {
-            self.slot_free.notify_waiters();
+            self.common.slot_free.notify_waiters();
+        }
+    }
+
+    /// It takes no new calls from now on; those in flight go on.
+    pub(super) fn leave(&self, why: impl FnOnce() -> String) {
+        if self.why_leaving.get().is_none() && self.why_leaving.set(why()).is_ok() {
+            self.leaves.cancel();
+            self.common.left();
+        }
+    }
+
+    /// The peer has said that it takes no new calls. h2 is about to refuse them.
+    pub(super) fn sent_away(&self, said: &GoAway) {
+        if let (true, Some(used)) = (said.minds_pings(), self.keepalive_interval) {
+            self.common
+                .polite
+                .minds(self.common.authority.as_str(), used);
+        }
+        self.leave(|| said.to_string());
+    }
+
+    /// Why it takes no new calls, if it does not.
+    pub(super) fn why_leaving(&self) -> Option<Why> {
+        let leaving = || Some((Kind::ConnectionLost, Some(self.why_leaving.get()?.clone())));
+        self.closed.get().cloned().or_else(leaving)
+    }
+
+    pub(super) fn is_leaving(&self) -> bool {
+        self.why_leaving.get().is_some() || self.closed.get().is_some()
+    }
+
+    /// Until it takes no new calls.
+    #[cfg(feature = "health")]
+    pub(super) async fn leaves(&self) {
+        tokio::select! {
+            () = self.leaves.cancelled() => {}
+            () = self.ended.cancelled() => {}
         }
     }
 
@@ -137,14 +164,6 @@ impl Core {
 
     pub(super) fn last_read(&self) -> Instant {
         self.born + Duration::from_nanos(self.last_read.load(Ordering::Relaxed))
-    }
-
-    /// The first answer shows that the peer is of use.
-    pub(super) fn served(&self) {
-        // A load is cheap on a line that all threads share; a store each time would not be.
-        if !self.served.load(Ordering::Relaxed) {
-            self.served.store(true, Ordering::Relaxed);
-        }
     }
 
     pub(super) fn resets(&self) -> &Resets {
@@ -218,32 +237,10 @@ impl Core {
     }
 }
 
-impl Lifeline for Core {
-    fn closed(&self) -> BoxFuture<'_, Error> {
-        Box::pin(async {
-            self.ended.cancelled().await;
-            self.error()
-                .unwrap_or_else(|| Error::new(Kind::ConnectionLost))
-        })
-    }
-
-    fn disowned(&self) -> BoxFuture<'_, Error> {
-        Box::pin(self.identity.denied())
-    }
-
-    fn close(&self, why: Error) {
-        self.close_because(why.kind(), why.reason());
-    }
-
-    fn has_served(&self) -> bool {
-        self.served.load(Ordering::Relaxed)
-    }
-}
-
 impl fmt::Debug for Core {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Core")
-            .field("authority", &self.authority)
+            .field("authority", &self.common.authority)
             .field("streams", &self.streams())
             .field("closed", &self.closed)
             .finish_non_exhaustive()
@@ -255,7 +252,7 @@ impl fmt::Debug for Core {
 impl Drop for Slot {
     fn drop(&mut self) {
         if self.core.slots.give_back() {
-            self.core.slot_free.notify_one();
+            self.core.common.slot_free.notify_one();
         }
     }
 }
@@ -282,8 +279,8 @@ impl Drop for Ending {
         self.0.ended.cancel();
         // These hold the core, which holds them.
         self.0.resets.close();
-        // Whoever waits for a stream learns that there will be none.
-        self.0.slot_free.notify_waiters();
+        // After it says that it has ended: whoever lets it in looks. Whoever waits for a stream of it is told.
+        self.0.common.remove(&self.0);
     }
 }
 

@@ -12,7 +12,7 @@ use tonic_health::pb::{
     health_client::HealthClient,
 };
 
-use super::Connection;
+use super::{Connection, Connections, core::Core};
 use crate::{Backoff, endpoint::Health, error::Peer};
 
 /// Whose health a connection watches; see [`Connector::health_check`](super::Connector::health_check).
@@ -30,16 +30,22 @@ pub enum HealthCheck {
     Service(Arc<str>),
 }
 
-/// The watch of one connection.
+/// The watch of one peer, over one of its connections at a time.
 struct Watching {
-    client: HealthClient<Connection>,
+    connections: Connections,
     service: String,
-    answers: Option<Streaming<HealthCheckResponse>>,
+    answers: Option<Answers>,
     /// Streams that failed in a row without an answer.
     failures: u32,
     /// Until when there is no new one.
     pause: Option<Duration>,
     backoff: Backoff,
+}
+
+/// What comes over one connection, and what tells when that is about to close: it does so when this ends.
+struct Answers {
+    stream: Streaming<HealthCheckResponse>,
+    over: Arc<Core>,
 }
 
 // === impl HealthCheck ===
@@ -58,11 +64,11 @@ impl HealthCheck {
 /// What the peer says of this service's health. A server that knows of no health service is taken to be well, and
 /// there is nothing more to come then; one whose stream fails is not, until the next one answers.
 pub(super) fn watch(
-    connection: Connection,
+    connections: Connections,
     service: String,
 ) -> impl Stream<Item = Health> + Send + 'static {
     let watching = Watching {
-        client: HealthClient::new(connection.for_ourselves()),
+        connections,
         service,
         answers: None,
         failures: 0,
@@ -87,11 +93,12 @@ impl Watching {
             }
             let Some(answers) = &mut self.answers else {
                 // Asking => (listening | unimplemented | failed)
-                let request = HealthCheckRequest {
-                    service: self.service.clone(),
+                let Some(connection) = self.connections.for_ourselves() else {
+                    // There is none, and will be none: whoever asks learns so otherwise.
+                    return std::future::pending().await;
                 };
-                match self.client.watch(request).await {
-                    Ok(answers) => self.answers = Some(answers.into_inner()),
+                match self.ask(connection).await {
+                    Ok(answers) => self.answers = Some(answers),
                     Err(status) if status.code() == Code::Unimplemented => {
                         return (Health::Serving, true);
                     }
@@ -99,8 +106,16 @@ impl Watching {
                 }
                 continue;
             };
-            // Listening => (listening | failed)
-            match answers.message().await {
+            // Listening => (listening | asking elsewhere | failed)
+            let answer = tokio::select! {
+                biased;
+                answer = answers.stream.message() => answer,
+                () = answers.over.leaves() => {
+                    self.answers = None;
+                    continue;
+                }
+            };
+            match answer {
                 Ok(Some(answer)) => {
                     self.failures = 0;
                     return (said(answer.status()), false);
@@ -112,6 +127,16 @@ impl Watching {
                 Err(status) => return (self.failed(&status), false),
             }
         }
+    }
+
+    async fn ask(&self, connection: Connection) -> Result<Answers, Status> {
+        let request = HealthCheckRequest {
+            service: self.service.clone(),
+        };
+        let over = connection.core.clone();
+        let mut client = HealthClient::new(connection);
+        let stream = client.watch(request).await?.into_inner();
+        Ok(Answers { stream, over })
     }
 
     /// The stream that failed before it answered is made anew with backoff, one that has answered at once but for a

@@ -5,26 +5,31 @@
 //! connection, hand its headers and its one message to `h2`, await the response. One task per connection
 //! moves frames to and from the socket, and a second watches that the peer still answers.
 //!
-//! [`Connector`] makes [`Connection`]s; a [`Pool`](crate::Pool) does so by itself.
+//! A peer has one connection at first, and more where that pays: [`Connections`] is the service over all of them.
+//! [`Connector`] makes both; a [`Pool`](crate::Pool) does so by itself.
 
 mod body;
+mod common;
 mod connection;
 mod core;
 mod dial;
+mod frames;
 #[cfg(feature = "health")]
 mod health;
 mod identity;
 mod paced;
 mod pings;
+mod polite;
 mod pump;
 mod request;
 mod resets;
+mod several;
 mod slots;
 mod socket;
 #[cfg(feature = "tls")]
 mod tls;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use http::{
     HeaderMap, HeaderValue,
@@ -35,7 +40,8 @@ use http::{
 pub use self::health::HealthCheck;
 #[cfg(feature = "tls")]
 pub use self::tls::TlsConfig;
-pub use self::{body::Body, connection::Connection, request::ResponseFuture};
+pub use self::{body::Body, connection::Connection, request::ResponseFuture, several::Connections};
+use self::{common::Common, polite::Polite, several::Size};
 use crate::{
     backoff::check_duration,
     endpoint::{BoxFuture, Connect, Connected, Target},
@@ -74,6 +80,8 @@ pub struct Connector {
     pub(crate) connection_window: u32,
     pub(crate) user_agent: HeaderValue,
     pub(crate) max_header_list_size: usize,
+    polite: Polite,
+    size: Size,
     #[cfg(feature = "health")]
     health: HealthCheck,
     #[cfg(feature = "tls")]
@@ -97,6 +105,12 @@ impl Connector {
                 env!("CARGO_PKG_VERSION")
             )),
             max_header_list_size: 64 << 10,
+            polite: Polite::default(),
+            size: Size {
+                most: 4,
+                spare_for: Duration::from_secs(30),
+                max_age: None,
+            },
             #[cfg(feature = "health")]
             health: HealthCheck::Off,
             #[cfg(feature = "tls")]
@@ -108,7 +122,9 @@ impl Connector {
     /// the connection is closed and its calls fail as `UNAVAILABLE`. So a peer that is silently gone is
     /// found out within the sum of both. `None` turns it off. Defaults 10 s and 20 s; 1 ms to 1 day.
     ///
-    /// gRPC servers may object to pings more often than every 10 s or so (`too_many_pings`); tonic's do not.
+    /// gRPC's own servers may mind being pinged more often than every 5 minutes (`too_many_pings`), and close the connection;
+    /// the interval of later connections to that address is doubled then, each time, up to 1 day. tonic's servers
+    /// do not mind.
     ///
     /// # Errors
     ///
@@ -151,6 +167,58 @@ impl Connector {
         }
         self.stream_window = stream;
         self.connection_window = connection;
+        Ok(self)
+    }
+
+    /// How many connections a peer may have at most. Default 4; 1 to 64.
+    ///
+    /// There is one at first. Another is opened when the peer allows no more streams on those there are, and calls wait for
+    /// it or for a stream, whichever comes first; or on a multi-threaded runtime, for as many threads as that has, when each
+    /// connection has had more than 32 calls for 15 ms: threads that share one connection wait for its lock and its task.
+    /// It is opened by a task beside the calls, one at a time, within 20 s, and with gRPC's connection backoff after
+    /// a failure.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) outside these bounds.
+    pub fn max_connections(mut self, connections: usize) -> Result<Self, Error> {
+        if !(1..=64).contains(&connections) {
+            let why = format!("{connections} is not between 1 and 64");
+            return Err(Error::invalid("connections per peer", why));
+        }
+        self.size.most = connections;
+        Ok(self)
+    }
+
+    /// For how long fewer connections to a peer have to be enough until one takes no new calls; it closes when its own have
+    /// ended. Enough means that the others would be half full: of the streams that the peer allows or, of those opened for
+    /// threads, of 32 calls each. Default 30 s; 10 ms to 1 day.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) outside these bounds.
+    pub fn spare_for(mut self, spare: Duration) -> Result<Self, Error> {
+        let (least, most) = (Duration::from_millis(10), crate::Backoff::LONGEST);
+        self.size.spare_for = check_duration("time to spare a connection", spare, least, most)?;
+        Ok(self)
+    }
+
+    /// How old a connection gets, ± 10 % by chance, until another takes its place: when that is there, new calls go to it,
+    /// and the old one closes when its own have ended. If it cannot be made, the old one stays, and another attempt
+    /// follows with backoff. Default `None`, for ever; 100 ms to 1 year.
+    ///
+    /// It has calls find other machines behind an address that is a load balancer's or a name's, and certificates
+    /// checked anew.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) outside these bounds.
+    pub fn max_age(mut self, age: Option<Duration>) -> Result<Self, Error> {
+        if let Some(age) = age {
+            let (least, most) = (Duration::from_millis(100), 365 * crate::Backoff::LONGEST);
+            check_duration("age of a connection", age, least, most)?;
+        }
+        self.size.max_age = age;
         Ok(self)
     }
 
@@ -225,23 +293,24 @@ impl Connector {
     ///
     /// Dropping the future closes what was opened.
     pub async fn connect_to(&self, address: &str) -> Result<Connection, Error> {
-        self.connect_as(address, HeaderMap::new()).await
+        let common = Common::new(authority_of(address)?, HeaderMap::new(), self);
+        let connection = self.open(address, &Arc::new(common)).await?;
+        connection.core.common.seal();
+        Ok(connection)
     }
 
-    async fn connect_as(&self, address: &str, identity: HeaderMap) -> Result<Connection, Error> {
-        let authority: Authority = address
-            .parse()
-            .map_err(|_| Error::invalid("address", format!("{address:?} is not host:port")))?;
+    /// The same as one of several. Dropping the future closes what was opened.
+    async fn open(&self, address: &str, common: &Arc<Common>) -> Result<Connection, Error> {
         #[cfg(feature = "tls")]
         if let Some(tls) = &self.tls {
-            let name = tls.name_of(&authority)?;
+            let name = tls.name_of(&common.authority)?;
             let io = tls.handshake(dial::dial(address).await?, name).await?;
             let refusal = io.refusal();
-            let connected = Connection::handshake(io, authority, identity, self).await;
+            let connected = Connection::handshake(io, common, self).await;
             return connected.map_err(|error| refusal.or(error));
         }
         let io = dial::dial(address).await?;
-        Connection::handshake(io, authority, identity, self).await
+        Connection::handshake(io, common, self).await
     }
 
     fn scheme(&self) -> Scheme {
@@ -260,22 +329,30 @@ impl Default for Connector {
 }
 
 impl<T: Target> Connect<T> for Connector {
-    type Service = Connection;
-    type Future = BoxFuture<'static, Result<Connected<Connection>, BoxError>>;
+    type Service = Connections;
+    type Future = BoxFuture<'static, Result<Connected<Connections>, BoxError>>;
 
     fn connect(&self, target: &T) -> Self::Future {
         let (this, peer) = (self.clone(), target.peer().clone());
         let identity = target.call_metadata();
         Box::pin(async move {
-            let connection = this.connect_as(&peer.address, identity).await?;
-            let lifeline = connection.lifeline();
             #[cfg(feature = "health")]
-            if let Some(service) = this.health.service_of(&peer) {
-                let health = health::watch(connection.clone(), service);
-                let connected = Connected::new(connection).with_lifeline(lifeline);
+            let health_of = this.health.service_of(&peer);
+            let authority = authority_of(&peer.address)?;
+            let connections = Connections::open(this, &peer.address, authority, identity).await?;
+            let lifeline = connections.lifeline();
+            #[cfg(feature = "health")]
+            if let Some(service) = health_of {
+                let health = health::watch(connections.clone(), service);
+                let connected = Connected::new(connections).with_lifeline(lifeline);
                 return Ok(connected.with_health(health));
             }
-            Ok(Connected::new(connection).with_lifeline(lifeline))
+            Ok(Connected::new(connections).with_lifeline(lifeline))
         })
     }
+}
+
+fn authority_of(address: &str) -> Result<Authority, Error> {
+    let authority = address.parse();
+    authority.map_err(|_| Error::invalid("address", format!("{address:?} is not host:port")))
 }

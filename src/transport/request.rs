@@ -77,14 +77,14 @@ impl Connection {
         B::Error: Into<BoxError>,
     {
         let (mut head, mut body) = request.into_parts();
-        self.core.identity.put_into(&mut head.headers)?;
+        self.core.common.identity.put_into(&mut head.headers)?;
         self.check(&head.headers)?;
         let ahead =
             look(&mut body).map_err(|error| Error::new(Kind::RequestBody).with_source(error))?;
 
         let mut target = uri::Parts::default();
-        target.scheme = Some(self.core.scheme.clone());
-        target.authority = Some(self.core.authority.clone());
+        target.scheme = Some(self.core.common.scheme.clone());
+        target.authority = Some(self.core.common.authority.clone());
         target.path_and_query = head.uri.into_parts().path_and_query;
         if target.path_and_query.is_none() {
             target.path_and_query = Some(uri::PathAndQuery::from_static("/"));
@@ -93,7 +93,7 @@ impl Connection {
             .map_err(|error| Error::new(Kind::Invalid).with_source(error))?;
         head.headers
             .entry(USER_AGENT)
-            .or_insert_with(|| self.core.user_agent.clone());
+            .or_insert_with(|| self.core.common.user_agent.clone());
         let head = Request::from_parts(head, ());
 
         let end = matches!(ahead, Ahead::Complete(None));
@@ -113,7 +113,7 @@ impl Connection {
             }
             Ahead::Partial(first, second) => {
                 let queued = [first, second];
-                Some(Pump::start(&self.core.runtime, stream, queued, body))
+                Some(Pump::start(&self.core.common.runtime, stream, queued, body))
             }
         };
         Ok(State::Waiting {
@@ -128,7 +128,7 @@ impl Connection {
         let sizes = headers
             .iter()
             .map(|(name, value)| name.as_str().len() + value.len() + 32);
-        let (size, most) = (sizes.sum::<usize>(), self.core.max_header_list_size);
+        let (size, most) = (sizes.sum::<usize>(), self.core.common.max_header_list_size);
         if size > most {
             let why = format!("{size} bytes of headers; at most {most} are sent");
             return Err(Error::invalid("metadata", why));
@@ -182,6 +182,16 @@ where
 
 // === impl ResponseFuture ===
 
+impl ResponseFuture {
+    /// Of a call that nobody took.
+    pub(super) const fn failed(error: Error) -> Self {
+        Self {
+            state: State::Failed(error),
+            serves: false,
+        }
+    }
+}
+
 impl Future for ResponseFuture {
     type Output = Result<Response<Body>, Error>;
 
@@ -195,9 +205,9 @@ impl Future for ResponseFuture {
             return Poll::Ready(match result {
                 Ok(response) => {
                     if self.serves {
-                        slot.core.served();
+                        slot.core.common.served();
                     }
-                    if let Some(error) = slot.core.identity.denial(&response) {
+                    if let Some(error) = slot.core.common.identity.denial(&response) {
                         return Poll::Ready(Err(error));
                     }
                     Ok(response.map(|stream| Body::new(stream, pump, slot)))

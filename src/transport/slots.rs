@@ -56,11 +56,12 @@ impl Slots {
         }
     }
 
-    /// Counts a stream in. It may be one too many when several do at once: h2 then queues it.
+    /// Counts a stream in, and returns how many were in use before. It may be one too many when several do at once: h2
+    /// then queues it.
     ///
     /// Relaxed: it takes room, and so has nobody to wake.
-    pub(super) fn take(&self) {
-        self.taken.fetch_add(1, Ordering::Relaxed);
+    pub(super) fn take(&self) -> usize {
+        self.taken.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Counts a stream out: whether one waiter has to be woken.
@@ -104,17 +105,24 @@ impl Slots {
     pub(super) fn taken(&self) -> usize {
         self.taken.load(Ordering::Relaxed)
     }
+
+    /// How many the peer allows, as last noted. Relaxed, as above.
+    pub(super) fn most(&self) -> usize {
+        self.most.load(Ordering::Relaxed)
+    }
 }
 
 // === impl Waiting ===
 
 impl Waiting {
     /// There was no room: ready if one has to look again. Else it has this task woken.
+    ///
+    /// `freed` may be that of several connections, none of which had room: `note` notes the limits of all, and the other look
+    /// is at all.
     pub(super) fn poll(
         &mut self,
-        slots: &Slots,
         freed: &Arc<Notify>,
-        limit: impl Fn() -> usize,
+        note: impl FnOnce(),
         cx: &mut Context<'_>,
     ) -> Poll<()> {
         match &mut self.freed {
@@ -122,9 +130,7 @@ impl Waiting {
             None => {
                 // What it was woken for, it has not found.
                 self.woken = None;
-                if slots.note(limit) {
-                    freed.notify_waiters();
-                }
+                note();
                 let mut waits = Box::pin(freed.clone().notified_owned());
                 waits.as_mut().enable();
                 self.freed = Some(waits);
@@ -206,9 +212,10 @@ mod tests {
                 let runtime = runtime::Builder::new_current_thread().build().unwrap();
                 for _ in 0..1_000 {
                     let mut waiting = Waiting::default();
+                    let note = || assert!(!slots.note(|| 2));
                     runtime.block_on(poll_fn(|cx| {
                         while !slots.has_room() {
-                            ready!(waiting.poll(&slots, &freed, || 2, cx));
+                            ready!(waiting.poll(&freed, note, cx));
                         }
                         waiting.end();
                         Poll::Ready(())

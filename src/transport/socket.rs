@@ -1,5 +1,5 @@
-//! The socket under a connection, which notes when it was last read, and finds out why a peer hung up that
-//! had not begun to speak HTTP/2.
+//! The socket under a connection, which notes when it was last read and whether the peer says goodbye, and finds out
+//! why a peer hung up that had not begun to speak HTTP/2.
 
 use std::{
     io,
@@ -10,7 +10,7 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::core::Core;
+use super::{core::Core, frames::Frames};
 
 /// How an alert of TLS begins: its content type, and the version's first byte. HTTP/2 begins with a frame of
 /// at most 16 KiB; this would be one of more than 1 MiB.
@@ -21,6 +21,7 @@ pub(super) struct Socket<I> {
     io: I,
     core: Arc<Core>,
     heard: bool,
+    frames: Frames,
     /// A write failed, and what the peer had said before that is being looked for.
     write_failed: Option<io::Error>,
 }
@@ -33,6 +34,7 @@ impl<I> Socket<I> {
             io,
             core,
             heard: false,
+            frames: Frames::default(),
             write_failed: None,
         }
     }
@@ -94,6 +96,9 @@ impl<I: AsyncRead + Unpin> AsyncRead for Socket<I> {
                 return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, why)));
             }
             self.heard = true;
+            if let Some(said) = self.frames.read(new) {
+                self.core.sent_away(&said);
+            }
         }
         result
     }

@@ -12,7 +12,7 @@ use std::{
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
-    sync::watch,
+    sync::{Notify, watch},
     task::JoinSet,
 };
 
@@ -24,6 +24,8 @@ pub enum Mode {
     Swallow,
     /// Passes on what is asked, and not what is answered.
     SwallowAnswers,
+    /// Passes, but for connections that are made now: of those nothing.
+    SwallowNew,
 }
 
 /// A running proxy; dropping it closes all that goes through it.
@@ -31,6 +33,7 @@ pub struct Proxy {
     pub address: SocketAddr,
     mode: watch::Sender<Mode>,
     resets: watch::Sender<u64>,
+    reset_first: Arc<Notify>,
     delay_ms: Arc<AtomicU64>,
     pub accepted: Arc<AtomicUsize>,
     last_accepted: Arc<Mutex<Option<Instant>>>,
@@ -45,24 +48,43 @@ impl Proxy {
         let (resets, reset) = watch::channel(0);
         let delay_ms = Arc::new(AtomicU64::new(0));
         let accepted = Arc::new(AtomicUsize::new(0));
+        let reset_first = Arc::new(Notify::new());
+        let first = reset_first.clone();
         let mut task = JoinSet::new();
         let last_accepted = Arc::new(Mutex::new(None));
         let (delay, count, last) = (delay_ms.clone(), accepted.clone(), last_accepted.clone());
         task.spawn(async move {
             let mut links = JoinSet::new();
             while let Ok((client, _)) = listener.accept().await {
-                count.fetch_add(1, Ordering::SeqCst);
+                let is_first = count.fetch_add(1, Ordering::SeqCst) == 0;
                 *last.lock().unwrap() = Some(Instant::now());
                 // It belongs to each reset from here on.
                 let mut reset = reset.clone();
                 reset.mark_unchanged();
-                links.spawn(link(client, to, modes.clone(), reset, delay.clone()));
+                let first = first.clone();
+                let of_first = async move {
+                    match is_first {
+                        true => first.notified().await,
+                        false => std::future::pending().await,
+                    }
+                };
+                let (modes, delay) = (modes.clone(), delay.clone());
+                links.spawn(async move {
+                    if *modes.borrow() == Mode::SwallowNew {
+                        std::future::pending::<()>().await;
+                    }
+                    tokio::select! {
+                        () = link(client, to, modes, reset, delay) => {}
+                        () = of_first => {}
+                    }
+                });
             }
         });
         Self {
             address,
             mode,
             resets,
+            reset_first,
             delay_ms,
             accepted,
             last_accepted,
@@ -87,6 +109,11 @@ impl Proxy {
     pub fn delay(&self, delay: Duration) {
         self.delay_ms
             .store(delay.as_millis() as u64, Ordering::SeqCst);
+    }
+
+    /// Ends the first connection with RST.
+    pub fn reset_first(&self) {
+        self.reset_first.notify_one();
     }
 
     /// Ends all connections with RST.
@@ -145,7 +172,8 @@ async fn copy(
         if delay > 0 {
             tokio::time::sleep(Duration::from_millis(delay)).await;
         }
-        let passes = matches!(*modes.borrow(), mode if mode == Mode::Pass || mode == also);
+        let mode = *modes.borrow();
+        let passes = [Mode::Pass, Mode::SwallowNew, also].contains(&mode);
         if passes && to.write_all(&buffer[..read]).await.is_err() {
             return;
         }

@@ -51,7 +51,7 @@ impl Serialize for EndpointStatus {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         let target: &dyn std::any::Any = &*self.target;
         let session = target.downcast_ref::<Member>().map(Member::session);
-        let mut to = to.serialize_struct("EndpointStatus", 12)?;
+        let mut to = to.serialize_struct("EndpointStatus", 13)?;
         to.serialize_field("id", &*self.peer.id)?;
         to.serialize_field("address", &*self.peer.address)?;
         to.serialize_field("generation", &self.peer.generation)?;
@@ -61,6 +61,7 @@ impl Serialize for EndpointStatus {
         to.serialize_field("state", &self.state)?;
         to.serialize_field("since_ms", &millis(self.since))?;
         to.serialize_field("in_flight", &self.in_flight)?;
+        to.serialize_field("connections", &self.connections)?;
         to.serialize_field("attempts", &self.attempts)?;
         to.serialize_field("next_attempt_ms", &self.next_attempt.map(millis))?;
         let why = self.last_error.as_ref().map(ToString::to_string);

@@ -71,6 +71,9 @@ pub struct EndpointStatus {
     pub since: SystemTime,
     /// Calls in flight.
     pub in_flight: usize,
+    /// How many connections take its calls: more than one where that pays, see
+    /// [`Connections`](crate::transport::Connections).
+    pub connections: usize,
     /// Failed attempts in a row.
     pub attempts: u32,
     /// When it is tried next, if the registry says nothing before; `None` while it is tried, or is connected, or
@@ -145,6 +148,7 @@ impl EndpointStatus {
             state: Connectivity::of(entry),
             since: entry.state.since,
             in_flight: entry.ready.as_ref().map_or(0, |ready| ready.load.current()),
+            connections: entry.ready.as_ref().map_or(0, |ready| ready.connections()),
             attempts: entry.state.attempts,
             next_attempt: entry.state.next,
             last_error: match entry.target.barred() {

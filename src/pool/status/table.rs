@@ -80,7 +80,10 @@ fn cells(of: &EndpointStatus) -> [String; 8] {
         of.peer.generation.to_string(),
         of.state.to_string(),
         Age(of.since).to_string(),
-        of.in_flight.to_string(),
+        match of.connections {
+            0 | 1 => of.in_flight.to_string(),
+            more => format!("{} over {more}", of.in_flight),
+        },
         attempts,
         next,
     ]

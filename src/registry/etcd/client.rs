@@ -22,7 +22,7 @@ use super::{
         watch_client::WatchClient, watch_request::RequestUnion,
     },
 };
-use crate::{Pool, transport::Connection};
+use crate::{Pool, transport::Connections};
 
 /// How long a request may take unless it is said otherwise.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(5);
@@ -205,7 +205,7 @@ impl Client {
         what: &'static str,
         timeout: Duration,
         message: M,
-        call: impl Fn(Pool<Connection>, Request<M>) -> F,
+        call: impl Fn(Pool<Connections>, Request<M>) -> F,
     ) -> Result<T, Failure>
     where
         M: Clone,
@@ -222,7 +222,7 @@ impl Client {
         what: &'static str,
         timeout: Duration,
         message: M,
-        call: impl Fn(Pool<Connection>, Request<M>) -> F,
+        call: impl Fn(Pool<Connections>, Request<M>) -> F,
     ) -> Result<(T, Member), Failure>
     where
         M: Clone,

@@ -17,7 +17,7 @@ use crate::{
     error::{Error, Kind},
     pool::PoolConfig,
     registry::{Fixed, Registry as _, keeper::current_runtime},
-    transport::{Connection, Connector},
+    transport::{Connections, Connector},
 };
 
 /// How long a member that did not answer is passed by while there are others.
@@ -29,7 +29,7 @@ pub(super) struct Members {
     connector: Connector,
     // Made at first use: that needs a runtime, and making a registry does not. Made anew when its runtime
     // has ended.
-    pool: Mutex<Option<Pool<Connection>>>,
+    pool: Mutex<Option<Pool<Connections>>>,
     /// Who did not answer, and until when it is passed by.
     suspects: Mutex<HashMap<Arc<str>, Instant>>,
 }
@@ -38,7 +38,7 @@ pub(super) struct Members {
 #[derive(Clone, Debug)]
 pub(super) struct Member {
     /// Pinned to it, or to none if none is connected: then whoever is first takes the call.
-    pub(super) pool: Pool<Connection>,
+    pub(super) pool: Pool<Connections>,
     address: Option<Arc<str>>,
     /// How many others could be asked.
     others: usize,
@@ -65,7 +65,7 @@ impl Members {
         &self,
         what: &'static str,
         timeout: Duration,
-        mut call: impl FnMut(Pool<Connection>) -> F,
+        mut call: impl FnMut(Pool<Connections>) -> F,
     ) -> Result<(T, Member), Failure>
     where
         F: Future<Output = Result<Response<T>, Status>>,
@@ -138,7 +138,7 @@ impl Members {
         })
     }
 
-    fn pool(&self) -> Result<Pool<Connection>, Error> {
+    fn pool(&self) -> Result<Pool<Connections>, Error> {
         // A request has a timer, so it needs a runtime even where the pool is made.
         current_runtime()?;
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
@@ -154,7 +154,7 @@ impl Members {
             .attempt_timeout(ms(2000))?
             .max_wait(ms(2000))?;
         let updates = self.members.discover("etcd")?.updates();
-        let new: Pool<Connection> = Pool::new("etcd", config, updates, self.connector.clone())?;
+        let new: Pool<Connections> = Pool::new("etcd", config, updates, self.connector.clone())?;
         *pool = Some(new.clone());
         Ok(new)
     }

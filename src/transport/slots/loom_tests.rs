@@ -22,7 +22,7 @@ impl Connection {
     /// One with so many streams, where the peer allows so many; nobody has noted that yet.
     fn new(taken: usize, settings: usize) -> Arc<Self> {
         let slots = Slots::new();
-        (0..taken).for_each(|_| slots.take());
+        (0..taken).for_each(|_| _ = slots.take());
         Arc::new(Self {
             slots,
             freed: Arc::default(),
@@ -41,8 +41,7 @@ impl Connection {
     /// As `Connection::poll_ready`.
     fn poll_ready(&self, waiting: &mut Waiting, cx: &mut Context<'_>) -> Poll<()> {
         while !self.slots.has_room() {
-            let settings = || *self.settings.lock().unwrap();
-            ready!(waiting.poll(&self.slots, &self.freed, settings, cx));
+            ready!(waiting.poll(&self.freed, || self.note_limit(), cx));
         }
         waiting.end();
         Poll::Ready(())
@@ -177,5 +176,78 @@ fn one_that_is_polled_as_it_is_woken_leaves_the_rest_of_the_room_to_the_next() {
         other.join().unwrap();
         ends.join().unwrap();
         assert_eq!(connection.slots.taken(), 1);
+    });
+}
+
+/// Two connections, whose streams whoever waits takes of either.
+struct Two([Connection; 2]);
+
+impl Two {
+    /// Both full, with room for one.
+    fn full() -> Arc<Self> {
+        let freed: Arc<Notify> = Arc::default();
+        let both = [0, 1].map(|_| {
+            let slots = Slots::new();
+            let _ = slots.take();
+            Connection {
+                slots,
+                freed: freed.clone(),
+                settings: Mutex::new(1),
+            }
+        });
+        both.iter().for_each(Connection::note_limit);
+        Arc::new(Self(both))
+    }
+
+    /// As `Connections::poll_ready` and the call that follows.
+    fn call(&self) -> &Connection {
+        let mut waiting = Waiting::default();
+        let taken = block_on(poll_fn(|cx| {
+            loop {
+                if let Some(free) = self.0.iter().find(|one| one.slots.has_room()) {
+                    waiting.end();
+                    return Poll::Ready(free);
+                }
+                let note = || self.0.iter().for_each(Connection::note_limit);
+                ready!(waiting.poll(&self.0[0].freed, note, cx));
+            }
+        }));
+        let _ = taken.slots.take();
+        taken
+    }
+}
+
+#[test]
+fn whoever_waits_beside_two_full_connections_is_woken_by_a_stream_of_either() {
+    within(3, || {
+        let two = Two::full();
+        let waiter = {
+            let two = two.clone();
+            thread::spawn(move || {
+                two.call();
+            })
+        };
+        two.0[1].end();
+        waiter.join().unwrap();
+        assert_eq!(two.0[1].slots.taken(), 1);
+    });
+}
+
+#[test]
+fn two_that_wait_get_the_streams_of_two_that_end_on_different_connections() {
+    within(2, || {
+        let two = Two::full();
+        let waiters = [0, 1].map(|_| {
+            let two = two.clone();
+            thread::spawn(move || {
+                two.call();
+            })
+        });
+        two.0.iter().for_each(Connection::end);
+        waiters
+            .into_iter()
+            .for_each(|waiter| waiter.join().unwrap());
+        let taken: usize = two.0.iter().map(|one| one.slots.taken()).sum();
+        assert_eq!(taken, 2);
     });
 }

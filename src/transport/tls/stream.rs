@@ -211,7 +211,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::transport::{Connector, TlsConfig, core::Core, socket::Socket};
+    use crate::transport::{Connector, TlsConfig, common::Common, core::Core, socket::Socket};
 
     #[tokio::test]
     async fn a_refusal_is_told_by_the_write_that_it_makes_fail() {
@@ -246,7 +246,8 @@ mod tests {
         let stream = tls.handshake(socket, name).await.unwrap();
         let refusal = stream.refusal();
         let authority = Authority::from_static("localhost");
-        let core = Core::new(authority, http::HeaderMap::new(), &Connector::new());
+        let common = Common::new(authority, http::HeaderMap::new(), &Connector::new());
+        let core = Core::new(Arc::new(common), None);
         let mut stream = Socket::new(stream, Arc::new(core));
 
         // When the server has refused it and closed, and the client only writes,

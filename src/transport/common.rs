@@ -1,0 +1,277 @@
+//! What all connections to one peer have in common, and their life as one.
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use http::{
+    HeaderMap, HeaderValue,
+    uri::{Authority, Scheme},
+};
+use tokio::{runtime, sync::Notify};
+use tokio_util::sync::CancellationToken;
+
+use super::{Connector, core::Core, identity::Identity, polite::Polite};
+use crate::{
+    endpoint::{BoxFuture, Lifeline},
+    error::{Error, Kind},
+};
+
+/// What all connections to one peer have in common: what their calls look like, who is woken when a stream is free,
+/// and which of them are alive.
+///
+/// A connection that is alive is known here, and knows this: the circle is broken when its task ends, which it does with
+/// its runtime at the latest.
+pub(super) struct Common {
+    pub(super) scheme: Scheme,
+    pub(super) authority: Authority,
+    pub(super) user_agent: HeaderValue,
+    pub(super) max_header_list_size: usize,
+    pub(super) identity: Identity,
+    /// Where pumps of streaming requests run: a call may be made outside of any runtime.
+    pub(super) runtime: runtime::Handle,
+    /// One for all connections: whoever waits for a stream takes that of any.
+    pub(super) slot_free: Arc<Notify>,
+    pub(super) polite: Polite,
+    served: AtomicBool,
+    /// Whether somebody acts on a crowd, and wants to hear of one.
+    hears_of_crowds: AtomicBool,
+    /// A call has found all streams of all connections in use.
+    full: AtomicBool,
+    news: Notify,
+    life: Mutex<Life>,
+    /// Why no connection takes calls any more; set once and before `over`.
+    why_over: OnceLock<Why>,
+    over: CancellationToken,
+    ended: CancellationToken,
+}
+
+/// Which connections there are.
+#[derive(Default)]
+struct Life {
+    alive: Vec<Arc<Core>>,
+    /// No other is let in.
+    sealed: bool,
+    /// Why the last one ended.
+    last: Option<Why>,
+}
+
+/// The kind and the reason of an error.
+pub(super) type Why = (Kind, Option<String>);
+
+// === impl Common ===
+
+impl Common {
+    /// To be called in the runtime that its connections will run in.
+    pub(super) fn new(authority: Authority, identity: HeaderMap, config: &Connector) -> Self {
+        Self {
+            scheme: config.scheme(),
+            polite: config.polite.clone(),
+            authority,
+            user_agent: config.user_agent.clone(),
+            max_header_list_size: config.max_header_list_size,
+            identity: Identity::new(identity),
+            runtime: runtime::Handle::current(),
+            slot_free: Arc::new(Notify::new()),
+            served: AtomicBool::new(false),
+            hears_of_crowds: AtomicBool::new(false),
+            full: AtomicBool::new(false),
+            news: Notify::new(),
+            life: Mutex::default(),
+            why_over: OnceLock::new(),
+            over: CancellationToken::new(),
+            ended: CancellationToken::new(),
+        }
+    }
+
+    /// Lets a connection in, or returns why it is not: it has ended or is leaving already, or all have.
+    pub(super) fn admit(&self, core: &Arc<Core>) -> Result<(), Error> {
+        let mut life = self.lock();
+        // Whoever leaves or ends says so before it asks for the lock: it is seen here, or finds itself in the list.
+        if let Some(why) = core.why_leaving() {
+            return Err(error_of(&why));
+        }
+        if life.sealed {
+            return Err(Error::new(Kind::ConnectionLost).with_reason("no longer wanted"));
+        }
+        life.alive.push(core.clone());
+        Ok(())
+    }
+
+    /// A connection takes no new calls any more. When it was the last one that did, that is over.
+    pub(super) fn left(&self) {
+        self.settle(&mut self.lock());
+        self.news.notify_one();
+        self.slot_free.notify_waiters();
+    }
+
+    /// A connection's task has ended.
+    pub(super) fn remove(&self, core: &Arc<Core>) {
+        {
+            let mut life = self.lock();
+            life.alive.retain(|other| !Arc::ptr_eq(other, core));
+            life.last = core.why_leaving();
+            self.settle(&mut life);
+        }
+        self.news.notify_one();
+        self.slot_free.notify_waiters();
+    }
+
+    /// No other connection is let in: nobody is left to use one.
+    pub(super) fn seal(&self) {
+        let mut life = self.lock();
+        life.sealed = true;
+        self.settle(&mut life);
+        drop(life);
+        self.news.notify_one();
+    }
+
+    pub(super) fn is_sealed(&self) -> bool {
+        self.lock().sealed
+    }
+
+    /// What follows from which connections there are.
+    fn settle(&self, life: &mut Life) {
+        let mut usable = life
+            .alive
+            .iter()
+            .filter(|core| core.why_leaving().is_none());
+        if usable.next().is_none() {
+            let leaving = life.alive.iter().find_map(|core| core.why_leaving());
+            // Neither: the first is still to come.
+            if let Some(why) = leaving.or_else(|| life.last.clone()) {
+                life.sealed = true;
+                let _ = self.why_over.set(why);
+                self.over.cancel();
+            }
+        }
+        if life.sealed && life.alive.is_empty() {
+            self.ended.cancel();
+        }
+    }
+
+    /// Why no connection takes calls, once that is so.
+    pub(super) fn why_over(&self) -> Option<Error> {
+        self.why_over.get().map(error_of)
+    }
+
+    /// Until something has changed that may call for another connection, or for one less.
+    pub(super) async fn news(&self) {
+        self.news.notified().await;
+    }
+
+    /// A call has found all streams in use.
+    pub(super) fn all_full(&self) {
+        if !self.full.swap(true, Ordering::Relaxed) {
+            self.news.notify_one();
+        }
+    }
+
+    /// Whether that has happened since this was last asked.
+    pub(super) fn take_full(&self) -> bool {
+        self.full.swap(false, Ordering::Relaxed)
+    }
+
+    /// A connection has many calls; beside its count, which has just been written, this is one relaxed load.
+    #[inline]
+    pub(super) fn crowded(&self) {
+        if self.hears_of_crowds.load(Ordering::Relaxed) {
+            self.hears_of_crowds.store(false, Ordering::Relaxed);
+            self.news.notify_one();
+        }
+    }
+
+    /// The next crowd is to be told.
+    pub(super) fn hear_of_crowds(&self) {
+        self.hears_of_crowds.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the next crowd would be told.
+    pub(super) fn hears_of_crowds(&self) -> bool {
+        self.hears_of_crowds.load(Ordering::Relaxed)
+    }
+
+    /// The first answer shows that the peer is of use.
+    pub(super) fn served(&self) {
+        // A load is cheap on a line that all threads share; a store each time would not be.
+        if !self.served.load(Ordering::Relaxed) {
+            self.served.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// For a look or a change; only connections that come and go get here.
+    fn lock(&self) -> MutexGuard<'_, Life> {
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Lifeline for Common {
+    fn closed(&self) -> BoxFuture<'_, Error> {
+        Box::pin(async {
+            self.ended.cancelled().await;
+            let last = self.lock().last.as_ref().map(error_of);
+            last.unwrap_or_else(|| Error::new(Kind::ConnectionLost))
+        })
+    }
+
+    fn leaving(&self) -> BoxFuture<'_, Error> {
+        Box::pin(async {
+            self.over.cancelled().await;
+            self.why_over()
+                .unwrap_or_else(|| Error::new(Kind::ConnectionLost))
+        })
+    }
+
+    fn disowned(&self) -> BoxFuture<'_, Error> {
+        Box::pin(self.identity.denied())
+    }
+
+    fn close(&self, why: Error) {
+        let alive = {
+            let mut life = self.lock();
+            life.sealed = true;
+            self.settle(&mut life);
+            life.alive.clone()
+        };
+        self.news.notify_one();
+        for core in alive {
+            core.close_because(why.kind(), why.reason());
+        }
+    }
+
+    fn has_served(&self) -> bool {
+        self.served.load(Ordering::Relaxed)
+    }
+
+    fn connections(&self) -> usize {
+        let life = self.lock();
+        let taking = life
+            .alive
+            .iter()
+            .filter(|core| core.why_leaving().is_none());
+        taking.count()
+    }
+}
+
+impl fmt::Debug for Common {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let life = self.lock();
+        f.debug_struct("Common")
+            .field("authority", &self.authority)
+            .field("alive", &life.alive.len())
+            .field("sealed", &life.sealed)
+            .finish_non_exhaustive()
+    }
+}
+
+fn error_of((kind, reason): &Why) -> Error {
+    let error = Error::new(*kind);
+    match reason {
+        Some(reason) => error.with_reason(reason.clone()),
+        None => error,
+    }
+}

@@ -1,0 +1,203 @@
+//! A look at the frames that a peer sends, on their way to h2, which keeps to itself that a GOAWAY was among them.
+//!
+//! h2 refuses new streams from then on, one call after the other; a connection that carries long calls would be found
+//! out by the next one.
+
+use std::fmt;
+
+use h2::Reason;
+
+/// Follows frames, however they are cut into reads, as far as it takes to find a GOAWAY.
+#[derive(Debug, Default)]
+pub(super) struct Frames {
+    head: [u8; HEAD],
+    /// How much of the head is here.
+    have: usize,
+    /// How much of the payload is to come.
+    left: usize,
+    /// What there is of the payload of a GOAWAY.
+    going: Option<Vec<u8>>,
+}
+
+/// A peer's word that it takes no new calls on this connection (RFC 9113, 6.8).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct GoAway {
+    reason: Reason,
+    /// What it adds for people to read, as far as it is kept.
+    words: String,
+}
+
+/// The head of a frame: length, type, flags, stream (RFC 9113, 4.1).
+const HEAD: usize = 9;
+
+/// The type of a GOAWAY.
+const GOAWAY: u8 = 7;
+
+/// The last stream's id and the code, before the words.
+const CODES: usize = 8;
+
+/// How many bytes of the words are kept.
+const WORDS: usize = 128;
+
+// === impl Frames ===
+
+impl Frames {
+    /// Takes in what was read; returns the last GOAWAY that is complete by now.
+    pub(super) fn read(&mut self, mut bytes: &[u8]) -> Option<GoAway> {
+        let mut found = None;
+        while !bytes.is_empty() {
+            if self.have < HEAD {
+                let part = bytes.len().min(HEAD - self.have);
+                let (head, rest) = bytes.split_at(part);
+                self.head[self.have..self.have + part].copy_from_slice(head);
+                self.have += part;
+                bytes = rest;
+                if self.have < HEAD {
+                    break;
+                }
+                let [a, b, c, kind, ..] = self.head;
+                self.left = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
+                self.going = (kind == GOAWAY).then(Vec::new);
+            }
+            let part = bytes.len().min(self.left);
+            if let Some(going) = &mut self.going {
+                let room = (CODES + WORDS).saturating_sub(going.len());
+                going.extend_from_slice(&bytes[..part.min(room)]);
+            }
+            self.left -= part;
+            bytes = &bytes[part..];
+            if self.left == 0 {
+                self.have = 0;
+                found = self
+                    .going
+                    .take()
+                    .and_then(|going| GoAway::parse(&going))
+                    .or(found);
+            }
+        }
+        found
+    }
+}
+
+// === impl GoAway ===
+
+impl GoAway {
+    fn parse(payload: &[u8]) -> Option<Self> {
+        let (codes, words) = payload.split_at_checked(CODES)?;
+        let reason = codes.last_chunk().map(|code| u32::from_be_bytes(*code))?;
+        Some(Self {
+            reason: reason.into(),
+            words: words.escape_ascii().to_string(),
+        })
+    }
+
+    /// Whether it closes for being pinged more often than it allows.
+    pub(super) fn minds_pings(&self) -> bool {
+        self.reason == Reason::ENHANCE_YOUR_CALM && self.words == "too_many_pings"
+    }
+}
+
+impl fmt::Display for GoAway {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the peer is closing the connection")?;
+        match (self.reason, self.words.as_str()) {
+            (Reason::NO_ERROR, "") => Ok(()),
+            (Reason::NO_ERROR, words) => write!(f, ": {words}"),
+            (reason, "") => write!(f, ": {reason:?}"),
+            (reason, words) => write!(f, ": {reason:?}, {words}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+        let [_, length @ ..] = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        [&length[..], &[kind, 0, 0, 0, 0, 0], payload].concat()
+    }
+
+    fn go_away(reason: Reason, words: &str) -> Vec<u8> {
+        let codes = [0x7fff_ffff, u32::from(reason)]
+            .map(u32::to_be_bytes)
+            .concat();
+        frame(GOAWAY, &[&codes, words.as_bytes()].concat())
+    }
+
+    #[test]
+    fn it_reads_as_what_the_peer_says() {
+        let said = |reason, words: &str| {
+            let found = Frames::default().read(&go_away(reason, words));
+            found.unwrap().to_string()
+        };
+        let closing = "the peer is closing the connection";
+        assert_eq!(said(Reason::NO_ERROR, ""), closing);
+        assert_eq!(
+            said(Reason::NO_ERROR, "max_age"),
+            format!("{closing}: max_age")
+        );
+        assert_eq!(
+            said(Reason::INTERNAL_ERROR, ""),
+            format!("{closing}: INTERNAL_ERROR")
+        );
+        let pings = Frames::default().read(&go_away(Reason::ENHANCE_YOUR_CALM, "too_many_pings"));
+        let pings = pings.unwrap();
+        assert!(pings.minds_pings());
+        assert_eq!(
+            pings.to_string(),
+            format!("{closing}: ENHANCE_YOUR_CALM, too_many_pings")
+        );
+        let mut odd = go_away(Reason::NO_ERROR, "");
+        odd.splice(.., frame(GOAWAY, &[0, 0, 0, 0, 0, 0, 0, 0, 7, 255]));
+        let odd = Frames::default().read(&odd).unwrap();
+        assert_eq!(odd.to_string(), format!("{closing}: \\x07\\xff"));
+    }
+
+    #[test]
+    fn what_is_too_short_is_none_and_what_is_long_is_not_kept_whole() {
+        let mut frames = Frames::default();
+        assert_eq!(frames.read(&frame(GOAWAY, &[0; CODES - 1])), None);
+        let long = "a".repeat(100_000);
+        let found = frames.read(&go_away(Reason::NO_ERROR, &long)).unwrap();
+        assert_eq!(found.words.len(), WORDS);
+        assert!(frames.read(&go_away(Reason::NO_ERROR, "")).is_some());
+    }
+
+    proptest! {
+        #[test]
+        fn it_is_found_wherever_reads_cut(
+            before in prop::collection::vec((0u8..7, 0usize..300), 0..8),
+            after in prop::collection::vec((8u8..20, 0usize..300), 0..4),
+            cuts in prop::collection::vec(1usize..40, 1..20),
+        ) {
+            // Payloads that look like the head of a GOAWAY.
+            let noise = |(kind, length): &(u8, usize)| frame(*kind, &[0, 0, 0, GOAWAY].repeat(100)[..*length]);
+            let wire: Vec<u8> = before.iter().flat_map(noise)
+                .chain(go_away(Reason::NO_ERROR, "max_age"))
+                .chain(after.iter().flat_map(noise))
+                .collect();
+            let (mut frames, mut found, mut rest) = (Frames::default(), Vec::new(), &wire[..]);
+            for cut in cuts.iter().cycle() {
+                if rest.is_empty() {
+                    break;
+                }
+                let (read, left) = rest.split_at(rest.len().min(*cut));
+                found.extend(frames.read(read));
+                rest = left;
+            }
+            prop_assert_eq!(found.len(), 1);
+            prop_assert_eq!(&found[0].words, "max_age");
+        }
+
+        #[test]
+        fn garbage_does_it_no_harm(bytes in prop::collection::vec(any::<u8>(), 0..2_000)) {
+            let mut frames = Frames::default();
+            for part in bytes.chunks(7) {
+                let _ = frames.read(part);
+            }
+        }
+    }
+}

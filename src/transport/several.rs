@@ -1,0 +1,300 @@
+//! All connections to one peer, as one service.
+//!
+//! One is there from the start. A call takes the one with the fewest calls; others come and go by what calls meet, in a
+//! task beside them ([`keeper`]): never on a caller's path.
+
+mod keeper;
+mod size;
+
+use std::{
+    cell::Cell,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll, Waker, ready},
+};
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response, uri::Authority};
+use tokio::time::Instant;
+use tower_service::Service;
+
+pub(super) use self::size::Size;
+use super::{Body, Connection, Connector, common::Common, request::ResponseFuture, slots::Waiting};
+use crate::{
+    endpoint::Lifeline,
+    error::{BoxError, Error, Kind, Sent},
+};
+
+/// All connections to one peer, as one tower service; a clone is another handle on the same ones.
+///
+/// A call goes over the connection that has the fewest. There is one at first. Another is opened when the peer allows no
+/// more streams on those there are, or on a multi-threaded runtime when each has many calls, up to
+/// [`Connector::max_connections`]; one is closed when fewer would have done for
+/// [`Connector::spare_for`]. One that is too old ([`Connector::max_age`]), or that its peer is closing (GOAWAY), takes
+/// no new calls and finishes its own.
+///
+/// `poll_ready` is pending while all streams of all connections are in use, and fails once none takes calls any more. Of
+/// clones that wait, each is woken by a stream of whichever connection. When the last handle is dropped, each connection
+/// closes as its last call ends.
+pub struct Connections {
+    set: Arc<Set>,
+    /// For the call that follows.
+    picked: Option<Connection>,
+    waiting: Waiting,
+}
+
+/// What all handles share. The connections' own handles are here and nowhere else: so they close with the last of these.
+struct Set {
+    open: ArcSwap<Vec<Member>>,
+    common: Arc<Common>,
+}
+
+/// One of the connections that take calls.
+#[derive(Clone)]
+struct Member {
+    connection: Connection,
+    /// When another is to take its place.
+    due: Option<Instant>,
+}
+
+/// What a look at the connections found.
+enum Pick {
+    Picked(Connection),
+    /// All streams are in use.
+    Full,
+    /// None takes calls any more.
+    Over,
+}
+
+// === impl Connections ===
+
+impl Connections {
+    /// Makes the first one.
+    ///
+    /// Dropping the future closes what was opened.
+    pub(super) async fn open(
+        connector: Connector,
+        address: &str,
+        authority: Authority,
+        identity: HeaderMap,
+    ) -> Result<Self, Error> {
+        let common = Arc::new(Common::new(authority, identity, &connector));
+        let first = connector.open(address, &common).await?;
+        let set = Arc::new(Set {
+            open: ArcSwap::from_pointee(vec![Member::new(first, &connector)]),
+            common,
+        });
+        tokio::spawn(keeper::run(&set, connector, address.into()));
+        Ok(Self {
+            set,
+            picked: None,
+            waiting: Waiting::default(),
+        })
+    }
+
+    /// The lifeline of all of them, to be told of their end and to close them.
+    pub fn lifeline(&self) -> Arc<dyn Lifeline> {
+        self.set.common.clone()
+    }
+
+    /// How many connections take calls.
+    pub fn len(&self) -> usize {
+        self.set.common.connections()
+    }
+
+    /// Whether no connection takes calls any more.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How many calls are using them.
+    pub fn streams(&self) -> usize {
+        let open = self.set.open.load();
+        open.iter().map(|member| member.connection.streams()).sum()
+    }
+
+    /// One of them, for questions of our own.
+    #[cfg(feature = "health")]
+    pub(super) fn for_ourselves(&self) -> Option<Connection> {
+        match self.set.pick() {
+            Pick::Picked(connection) => Some(connection.for_ourselves()),
+            Pick::Full => self.set.any().map(Connection::for_ourselves),
+            Pick::Over => None,
+        }
+    }
+
+    fn poll_pick(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        loop {
+            match self.set.pick() {
+                Pick::Picked(connection) => {
+                    self.waiting.end();
+                    self.picked = Some(connection);
+                    return Poll::Ready(Ok(()));
+                }
+                Pick::Over => return Poll::Ready(Err(self.set.why_over())),
+                Pick::Full => {
+                    let set = &self.set;
+                    set.common.all_full();
+                    // Woken by a stream that is free, a peer that allows more, or a connection that comes or goes.
+                    ready!(
+                        self.waiting
+                            .poll(&set.common.slot_free, || set.note_limits(), cx)
+                    );
+                }
+            }
+        }
+    }
+}
+
+impl<B> Service<Request<B>> for Connections
+where
+    B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<BoxError>,
+{
+    type Response = Response<Body>;
+    type Error = Error;
+    type Future = ResponseFuture;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        self.poll_pick(cx)
+    }
+
+    fn call(&mut self, request: Request<B>) -> ResponseFuture {
+        let picked = self.picked.take().or_else(|| self.set.any());
+        match picked {
+            Some(mut connection) => connection.call(request),
+            None => ResponseFuture::failed(self.set.why_over()),
+        }
+    }
+}
+
+impl Clone for Connections {
+    fn clone(&self) -> Self {
+        Self {
+            set: self.set.clone(),
+            picked: None,
+            waiting: Waiting::default(),
+        }
+    }
+}
+
+impl fmt::Debug for Connections {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Connections")
+            .field(&self.set.common)
+            .finish()
+    }
+}
+
+// === impl Set ===
+
+impl Set {
+    /// The connection for a call: of those with a stream for it, the one with the fewest calls, or the one that this
+    /// thread prefers if that has hardly more.
+    fn pick(&self) -> Pick {
+        let open = self.open.load();
+        // Each look rules one out.
+        for _ in 0..=open.len() {
+            let mut usable = false;
+            let mut best: Option<(&Member, usize)> = None;
+            let preferred = preference(open.len());
+            for (n, member) in open.iter().enumerate() {
+                let core = &member.connection.core;
+                if core.is_leaving() {
+                    continue;
+                }
+                usable = true;
+                if !core.has_slot() {
+                    continue;
+                }
+                let handicap = if n == preferred { 0 } else { STICKY };
+                let load = core.streams() + handicap;
+                if best.is_none_or(|(_, least)| load < least) {
+                    best = Some((member, load));
+                }
+            }
+            let Some((best, _)) = best else {
+                return if usable { Pick::Full } else { Pick::Over };
+            };
+            let mut connection = best.connection.clone();
+            // A new handle has no stream of its own that it would have to wait for.
+            match connection.poll_usable(&mut Context::from_waker(Waker::noop())) {
+                Poll::Ready(Ok(())) => return Pick::Picked(connection),
+                Poll::Pending => return Pick::Full,
+                Poll::Ready(Err(why)) => {
+                    connection.core.leave(|| match why.reason() {
+                        Some(why) => why,
+                        None => why.to_string(),
+                    });
+                }
+            }
+        }
+        Pick::Full
+    }
+
+    /// Any of them, whether it has a stream or not.
+    fn any(&self) -> Option<Connection> {
+        let open = self.open.load();
+        let mut usable = open.iter().filter(|m| !m.connection.core.is_leaving());
+        usable.next().map(|member| member.connection.clone())
+    }
+
+    /// Notes how many streams the peer allows on each of them.
+    fn note_limits(&self) {
+        for Member { connection, .. } in self.open.load().iter() {
+            let limit = || connection.send.current_max_send_streams();
+            connection.core.note_limit(limit);
+        }
+    }
+
+    fn why_over(&self) -> Error {
+        let why = self
+            .common
+            .identity
+            .error()
+            .or_else(|| self.common.why_over());
+        why.unwrap_or_else(|| Error::new(Kind::ConnectionLost))
+            .with_sent(Sent::Unsent)
+    }
+}
+
+impl Drop for Set {
+    fn drop(&mut self) {
+        self.common.seal();
+    }
+}
+
+// === impl Member ===
+
+impl Member {
+    fn new(connection: Connection, connector: &Connector) -> Self {
+        Self {
+            connection,
+            due: connector.size.age().map(|age| Instant::now() + age),
+        }
+    }
+}
+
+/// How many more calls the connection that a thread prefers may have.
+const STICKY: usize = 8;
+
+/// Which of so many connections this thread prefers. Threads that keep to different ones meet at neither's lock.
+fn preference(of: usize) -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static MINE: Cell<usize> = const { Cell::new(usize::MAX) };
+    }
+    if of < 2 {
+        return 0;
+    }
+    MINE.with(|mine| {
+        if mine.get() == usize::MAX {
+            mine.set(NEXT.fetch_add(1, Ordering::Relaxed) % (usize::MAX / 2));
+        }
+        mine.get() % of
+    })
+}
