@@ -6,6 +6,7 @@ use crate::{
     report::ratio,
     support::{
         callers::{Candidate, Kind},
+        cores::Cores,
         measure::{Slice, Threads, best, median},
         servers::Servers,
     },
@@ -37,6 +38,11 @@ fn compare(servers: &Servers, threads: Threads, count: usize, in_flight: usize) 
         1 => (Kind::Channel, "channel"),
         _ => (Kind::Balance, "balance_channel"),
     };
+    let cores = match threads {
+        Threads::One => Cores::Apart,
+        Threads::Two => Cores::Any,
+    };
+    let _placed = cores.place(servers);
     let runtime = threads.runtime();
     let kinds = MOST.map(Kind::ManagedOver).into_iter().chain([other]);
     let connected = kinds.map(|kind| {

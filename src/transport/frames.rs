@@ -46,7 +46,13 @@ impl Frames {
     pub(super) fn read(&mut self, mut bytes: &[u8]) -> Option<GoAway> {
         let mut found = None;
         while !bytes.is_empty() {
-            if self.have < HEAD {
+            // Most heads are there as a whole, and most frames are passed over.
+            if self.have == 0
+                && let Some((head, rest)) = bytes.split_first_chunk()
+            {
+                self.begin(*head);
+                bytes = rest;
+            } else if self.have < HEAD {
                 let part = bytes.len().min(HEAD - self.have);
                 let (head, rest) = bytes.split_at(part);
                 self.head[self.have..self.have + part].copy_from_slice(head);
@@ -55,9 +61,7 @@ impl Frames {
                 if self.have < HEAD {
                     break;
                 }
-                let [a, b, c, kind, ..] = self.head;
-                self.left = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
-                self.going = (kind == GOAWAY).then(Vec::new);
+                self.begin(self.head);
             }
             let part = bytes.len().min(self.left);
             if let Some(going) = &mut self.going {
@@ -68,14 +72,22 @@ impl Frames {
             bytes = &bytes[part..];
             if self.left == 0 {
                 self.have = 0;
-                found = self
-                    .going
-                    .take()
-                    .and_then(|going| GoAway::parse(&going))
-                    .or(found);
+                if let Some(going) = self.going.take() {
+                    found = GoAway::parse(&going).or(found);
+                }
             }
         }
         found
+    }
+
+    #[inline]
+    fn begin(&mut self, head: [u8; HEAD]) {
+        let [a, b, c, kind, ..] = head;
+        self.have = HEAD;
+        self.left = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
+        if kind == GOAWAY {
+            self.going = Some(Vec::new());
+        }
     }
 }
 

@@ -195,8 +195,18 @@ impl fmt::Debug for Connections {
 impl Set {
     /// The connection for a call: of those with a stream for it, the one with the fewest calls, or the one that this
     /// thread prefers if that has hardly more.
+    #[inline]
     fn pick(&self) -> Pick {
         let open = self.open.load();
+        match open.as_slice() {
+            [only] if only.connection.core.is_leaving() => Pick::Over,
+            [only] if !only.connection.core.has_slot() => Pick::Full,
+            [only] => only.picked().unwrap_or(Pick::Over),
+            several => self.pick_of(several),
+        }
+    }
+
+    fn pick_of(&self, open: &[Member]) -> Pick {
         // Each look rules one out.
         for _ in 0..=open.len() {
             let mut usable = false;
@@ -220,17 +230,8 @@ impl Set {
             let Some((best, _)) = best else {
                 return if usable { Pick::Full } else { Pick::Over };
             };
-            let mut connection = best.connection.clone();
-            // A new handle has no stream of its own that it would have to wait for.
-            match connection.poll_usable(&mut Context::from_waker(Waker::noop())) {
-                Poll::Ready(Ok(())) => return Pick::Picked(connection),
-                Poll::Pending => return Pick::Full,
-                Poll::Ready(Err(why)) => {
-                    connection.core.leave(|| match why.reason() {
-                        Some(why) => why,
-                        None => why.to_string(),
-                    });
-                }
+            if let Some(picked) = best.picked() {
+                return picked;
             }
         }
         Pick::Full
@@ -275,6 +276,24 @@ impl Member {
         Self {
             connection,
             due: connector.size.age().map(|age| Instant::now() + age),
+        }
+    }
+
+    /// It for a call, unless it turns out to take none any more.
+    #[inline]
+    fn picked(&self) -> Option<Pick> {
+        let mut connection = self.connection.clone();
+        // A new handle has no stream of its own that it would have to wait for.
+        match connection.poll_usable(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(Ok(())) => Some(Pick::Picked(connection)),
+            Poll::Pending => Some(Pick::Full),
+            Poll::Ready(Err(why)) => {
+                connection.core.leave(|| match why.reason() {
+                    Some(why) => why,
+                    None => why.to_string(),
+                });
+                None
+            }
         }
     }
 }
