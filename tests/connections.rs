@@ -3,7 +3,6 @@
 mod support;
 
 use std::{
-    future::Future,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::SeqCst},
@@ -539,25 +538,19 @@ impl Leaver {
     }
 }
 
-fn answered(
-    mut respond: h2::server::SendResponse<Bytes>,
-    when: Option<Arc<Notify>>,
-) -> impl Future<Output = ()> {
-    async move {
-        if let Some(when) = when {
-            when.notified().await;
-        }
-        let head = http::Response::builder().header("content-type", "application/grpc");
-        let mut stream = respond
-            .send_response(head.body(()).unwrap(), false)
-            .unwrap();
-        stream
-            .send_data(Bytes::from_static(&[0; 5]), false)
-            .unwrap();
-        let mut trailers = http::HeaderMap::new();
-        trailers.insert("grpc-status", http::HeaderValue::from_static("0"));
-        stream.send_trailers(trailers).unwrap();
+async fn answered(mut respond: h2::server::SendResponse<Bytes>, when: Option<Arc<Notify>>) {
+    if let Some(when) = when {
+        when.notified().await;
     }
+    let head = http::Response::builder().header("content-type", "application/grpc");
+    let head = head.body(()).unwrap();
+    let mut stream = respond.send_response(head, false).unwrap();
+    stream
+        .send_data(Bytes::from_static(&[0; 5]), false)
+        .unwrap();
+    let mut trailers = http::HeaderMap::new();
+    trailers.insert("grpc-status", http::HeaderValue::from_static("0"));
+    stream.send_trailers(trailers).unwrap();
 }
 
 #[tokio::test]

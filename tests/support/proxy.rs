@@ -26,6 +26,8 @@ pub enum Mode {
     SwallowAnswers,
     /// Passes, but for connections that are made now: of those nothing.
     SwallowNew,
+    /// Neither reads nor writes, and accepts all: as a process does that was stopped. Nothing is lost.
+    Hold,
 }
 
 /// A running proxy; dropping it closes all that goes through it.
@@ -42,7 +44,13 @@ pub struct Proxy {
 
 impl Proxy {
     pub async fn start(to: SocketAddr) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), to).await
+    }
+
+    /// At this address, where another may have listened just before.
+    pub async fn start_at(address: SocketAddr, to: SocketAddr) -> Self {
+        // With SO_REUSEADDR, as tokio binds.
+        let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (mode, modes) = watch::channel(Mode::Pass);
         let (resets, reset) = watch::channel(0);
@@ -153,7 +161,7 @@ async fn copy(
     mut to: tokio::net::tcp::OwnedWriteHalf,
     // Passes in this mode as well.
     also: Mode,
-    modes: watch::Receiver<Mode>,
+    mut modes: watch::Receiver<Mode>,
     delay: Arc<AtomicU64>,
 ) {
     let mut buffer = vec![0; 64 * 1024];
@@ -168,6 +176,8 @@ async fn copy(
             }
             Ok(read) => read,
         };
+        // Its end is the proxy's.
+        let _ = modes.wait_for(|mode| *mode != Mode::Hold).await;
         let delay = delay.load(Ordering::SeqCst);
         if delay > 0 {
             tokio::time::sleep(Duration::from_millis(delay)).await;

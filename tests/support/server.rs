@@ -65,7 +65,12 @@ pub struct Options {
     pub tls: Option<ServerTlsConfig>,
     /// Whether it serves `grpc.health.v1`; nothing is said at first.
     pub health: bool,
+    /// Is told of each unary call's message, when it begins to be executed.
+    pub witness: Option<Witness>,
 }
+
+/// Who is told what a server executes.
+pub type Witness = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// Who a server is, where calls say who they are for: as Milvus checks it, before anything is executed.
 #[derive(Default)]
@@ -136,6 +141,7 @@ impl EchoServer {
         let service = Echo {
             id: id.to_owned(),
             seen: seen.clone(),
+            witness: options.witness.clone(),
         };
         runtime.spawn(async move {
             listener.set_nonblocking(true).unwrap();
@@ -218,6 +224,7 @@ pub fn echo(id: &str, seen: &Arc<Seen>) -> echo_server::EchoServer<impl echo_ser
     echo_server::EchoServer::new(Echo {
         id: id.to_owned(),
         seen: seen.clone(),
+        witness: None,
     })
 }
 
@@ -239,6 +246,7 @@ fn bind(address: SocketAddr) -> TcpListener {
 struct Echo {
     id: String,
     seen: Arc<Seen>,
+    witness: Option<Witness>,
 }
 
 /// Counts a call as started, and as finished or cancelled.
@@ -317,6 +325,9 @@ impl echo_server::Echo for Echo {
     async fn unary(&self, request: Request<EchoRequest>) -> Result<Response<EchoResponse>, Status> {
         let mut call = self.seen.start(&request);
         let request = request.into_inner();
+        if let Some(witness) = &self.witness {
+            witness(&request.message);
+        }
         let scripted = self.seen.scripted();
         let result = match scripted {
             Some(status) => Err(status),

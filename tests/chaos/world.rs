@@ -1,28 +1,37 @@
 //! Servers, clients, and what is true of them.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering::SeqCst},
     time::{Duration, Instant},
 };
 
 use futures_util::StreamExt as _;
 use switchboard::{
-    Channel, ConnectionManager, Error, EtcdRegistry, Kind, Registration, Session,
+    Backoff, Channel, ConnectionManager, Error, EtcdRegistry, Kind, Registration, Session,
     manager::{Connectivity, Discovery, Status},
+    pool::PoolConfig,
     registry::{RegistrationEvent, RegistrationEvents},
+    transport::Connector,
 };
 use tokio::{task::JoinHandle, time};
 
 use crate::{
+    ledger::Ledger,
     load,
     reader::{self, View},
-    support::{etcd::Cluster, server::EchoServer},
+    support::{
+        etcd::Cluster,
+        proxy::{Mode, Proxy},
+        server::{EchoServer, Options},
+    },
 };
 
-pub(crate) const SERVERS: [&str; 4] = ["a", "b", "c", "d"];
-const CLIENTS: usize = 3;
+pub(crate) const SERVERS: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
+const CLIENTS: usize = 4;
 const TTL: Duration = Duration::from_secs(5);
+const SECOND: Duration = Duration::from_secs(1);
 
 /// How long what was done to a server may be seen in calls that it had.
 const AFTERMATH: Duration = Duration::from_secs(10);
@@ -37,11 +46,13 @@ pub(crate) struct World {
     /// What readers of the clients' watches were told.
     views: Vec<View>,
     truth: Arc<Mutex<Truth>>,
+    ledger: Arc<Ledger>,
 }
 
-/// One server, with connections to etcd of its own.
+/// One server behind a network that can fail, with connections to etcd of its own.
 struct Server {
     server: EchoServer,
+    proxy: Arc<Proxy>,
     registration: Option<Registration>,
 }
 
@@ -55,9 +66,22 @@ pub(crate) struct Truth {
     well: BTreeMap<&'static str, String>,
     /// When something was last done to it.
     disturbed: BTreeMap<&'static str, Instant>,
+    /// Whose network fails.
+    afflicted: BTreeSet<&'static str>,
     /// How often etcd deleted the session of a server that was well.
     deleted: u64,
     wrong: Wrong,
+}
+
+/// How a network fails.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Affliction {
+    Reset,
+    Slow,
+    /// It loses everything.
+    Silent,
+    /// It, or the server, stands still and goes on.
+    Paused,
 }
 
 // === impl World ===
@@ -71,12 +95,19 @@ impl World {
             clients: Vec::new(),
             views: Vec::new(),
             truth: Arc::default(),
+            ledger: Arc::default(),
         };
         for id in SERVERS {
             world.start_server(id, None).await;
         }
         for _ in 0..CLIENTS {
-            let manager = ConnectionManager::builder(world.registry().await).build();
+            // Peers that are silent are found out within 3 s, those that are offline tried again within a second.
+            let connector = Connector::new().keepalive(Some(SECOND), 2 * SECOND);
+            let probe = Backoff::constant(SECOND, 0.2).expect("it is in bounds");
+            let manager = ConnectionManager::builder(world.registry().await)
+                .connector(connector.expect("it is in bounds"))
+                .pools(PoolConfig::default().probe(Some(probe)))
+                .build();
             for pause in [Duration::ZERO, Duration::from_millis(500)] {
                 let view = reader::read(&manager, pause, world.truth());
                 world.views.push(view);
@@ -88,7 +119,7 @@ impl World {
     }
 
     async fn registry(&self) -> EtcdRegistry {
-        let registry = EtcdRegistry::connect(&self.endpoints, "soak").await;
+        let registry = EtcdRegistry::connect(&self.endpoints, "chaos").await;
         let registry = registry.and_then(|registry| registry.with_ttl(TTL));
         registry.expect("its settings are good")
     }
@@ -97,17 +128,43 @@ impl World {
         self.clients.iter().map(|m| m.channel("echo")).collect()
     }
 
+    pub(crate) fn ledger(&self) -> Arc<Ledger> {
+        self.ledger.clone()
+    }
+
     pub(crate) fn truth(&self) -> Arc<Mutex<Truth>> {
         self.truth.clone()
     }
 
     /// Starts a server, at the address where it was or at another, and returns when it is registered.
-    pub(crate) async fn start_server(&mut self, id: &'static str, same: Option<&str>) {
-        let server = match same {
-            Some(address) => EchoServer::start_at(id, address.parse().expect("an address")),
-            None => EchoServer::start(id),
+    pub(crate) async fn start_server(&mut self, id: &'static str, at: Option<SocketAddr>) {
+        let witness = Some(self.ledger.witness(id));
+        let server = EchoServer::start_with(
+            id,
+            Options {
+                witness,
+                ..Options::default()
+            },
+        );
+        let proxy = match at {
+            Some(address) => Proxy::start_at(address, server.address).await,
+            None => Proxy::start(server.address).await,
         };
-        let session = Session::new("echo", server.address()).with_id(id);
+        let proxy = Arc::new(proxy);
+        let registration = self.register(id, &proxy).await;
+        self.servers.insert(
+            id,
+            Server {
+                server,
+                proxy,
+                registration: Some(registration),
+            },
+        );
+    }
+
+    /// Registers a server, and returns when it is.
+    async fn register(&mut self, id: &'static str, at: &Proxy) -> Registration {
+        let session = Session::new("echo", at.address()).with_id(id);
         // An older session of this id may live until its lease runs out, and etcd may be away.
         let registering = self.registry().await.register(session).background();
         let registration = registering.await.expect("it is a good session");
@@ -119,29 +176,84 @@ impl World {
                 .is_wrong("a server that could not register within a minute");
         }
         tokio::spawn(listen(id, registration.events(), self.truth.clone()));
+        self.ledger.registered(id);
         let mut truth = lock(&self.truth);
-        truth.well.insert(id, server.address());
+        truth.well.insert(id, at.address());
         truth.is_disturbed(id);
-        drop(truth);
-        let registration = Some(registration);
-        self.servers.insert(
-            id,
-            Server {
-                server,
-                registration,
-            },
-        );
+        registration
     }
 
     /// As SIGKILL does: its sockets are closed, its session stays. Returns where it was.
-    pub(crate) async fn kill_server(&mut self, id: &'static str) -> Option<String> {
+    pub(crate) async fn kill_server(&mut self, id: &'static str) -> Option<SocketAddr> {
         self.is_not_well(id);
         let mut server = self.servers.remove(id)?;
         if let Some(registration) = server.registration.take() {
             registration.abandon();
         }
+        let address = server.proxy.address;
+        // Whoever has connected to it is reset.
+        drop(server.proxy);
         server.server.killed().await;
-        Some(server.server.address())
+        refuses(address).await;
+        Some(address)
+    }
+
+    /// Removes its session; the server itself goes on. Whether that could be done.
+    pub(crate) async fn unregister(&mut self, id: &'static str) -> bool {
+        self.is_not_well(id);
+        let registration = self.servers.get_mut(id).and_then(|s| s.registration.take());
+        let Some(registration) = registration else {
+            return false;
+        };
+        let gone = registration.deregister().await.is_ok();
+        if gone {
+            self.ledger.unregistered(id);
+        }
+        gone
+    }
+
+    /// Registers a server that has lost its session.
+    pub(crate) async fn register_again(&mut self, id: &'static str) {
+        let Some(proxy) = self.servers.get(id).map(|server| server.proxy.clone()) else {
+            return;
+        };
+        let registration = self.register(id, &proxy).await;
+        if let Some(server) = self.servers.get_mut(id) {
+            server.registration = Some(registration);
+        }
+    }
+
+    /// What its network does for a while; to go on beside what is done to others.
+    pub(crate) fn afflict(
+        &self,
+        id: &'static str,
+        how: Affliction,
+        a_while: Duration,
+    ) -> impl Future<Output = ()> + use<> {
+        let proxy = self.servers.get(id).map(|server| server.proxy.clone());
+        let truth = self.truth.clone();
+        async move {
+            let Some(proxy) = proxy else {
+                return;
+            };
+            lock(&truth).afflicted.insert(id);
+            match how {
+                Affliction::Reset => proxy.reset(),
+                Affliction::Slow => proxy.delay(Duration::from_millis(50)),
+                Affliction::Silent => proxy.set(Mode::Swallow),
+                Affliction::Paused => proxy.set(Mode::Hold),
+            }
+            time::sleep(a_while).await;
+            proxy.set(Mode::Pass);
+            proxy.delay(Duration::ZERO);
+            if let Affliction::Silent = how {
+                // What was swallowed is missing in the middle of what follows.
+                proxy.reset();
+            }
+            let mut truth = lock(&truth);
+            truth.afflicted.remove(id);
+            truth.is_disturbed(id);
+        }
     }
 
     /// Says that it is stopping, lets its calls finish, and goes.
@@ -154,7 +266,9 @@ impl World {
             // Either may fail while etcd is away, and then it ends with its TTL.
             let _ = registration.stopping().await;
             time::sleep(Duration::from_millis(500)).await;
-            let _ = registration.deregister().await;
+            if registration.deregister().await.is_ok() {
+                self.ledger.unregistered(id);
+            }
         }
         server.server.stop_gracefully();
         let seen = &server.server.seen;
@@ -187,19 +301,22 @@ impl World {
     }
 
     /// Until every client's view is exact and fresh and every server answers each; how long that took, unless it is
-    /// too long.
+    /// too long. What readers of watches were told is exact then as well, once those that are slow have read it.
     pub(crate) async fn until_well(&self) -> Option<Duration> {
         let began = Instant::now();
         let truth = lock(&self.truth).well.clone();
+        let mut took = None;
         while began.elapsed() < Duration::from_secs(60) {
-            if self
-                .clients
-                .iter()
-                .all(|manager| is_exact(&manager.status(), &truth))
-                && self.views.iter().all(|view| reader::is_exact(view, &truth))
+            let mut clients = self.clients.iter();
+            if took.is_none()
+                && clients.all(|manager| is_exact(&manager.status(), &truth))
                 && self.all_answer().await
             {
-                return Some(began.elapsed());
+                took = Some(began.elapsed());
+            }
+            let mut views = self.views.iter();
+            if took.is_some() && views.all(|view| reader::is_exact(view, &truth)) {
+                return took;
             }
             time::sleep(Duration::from_millis(10)).await;
         }
@@ -222,7 +339,10 @@ impl World {
     async fn all_answer(&self) -> bool {
         for channel in self.channels() {
             for id in self.servers.keys() {
-                if load::call(&channel.to(*id), 0, None).await.is_err() {
+                // One that hangs is as bad as one that fails.
+                let pinned = channel.to(*id);
+                let call = load::call(&pinned, String::new(), 0, SECOND, None);
+                if call.await.is_err() {
                     return false;
                 }
             }
@@ -285,7 +405,9 @@ impl Truth {
     /// Whether something was done to it that its calls may have felt.
     pub(crate) fn was_disturbed(&self, id: &str) -> bool {
         let at = self.disturbed.get(id);
-        !self.well.contains_key(id) || at.is_some_and(|at| at.elapsed() < AFTERMATH)
+        !self.well.contains_key(id)
+            || self.afflicted.contains(id)
+            || at.is_some_and(|at| at.elapsed() < AFTERMATH)
     }
 
     /// This is what must not be.
@@ -310,6 +432,13 @@ async fn listen(id: &'static str, mut events: RegistrationEvents, truth: Arc<Mut
 
 pub(crate) fn lock(truth: &Mutex<Truth>) -> MutexGuard<'_, Truth> {
     truth.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Until nobody listens there.
+async fn refuses(address: SocketAddr) {
+    while tokio::net::TcpStream::connect(address).await.is_ok() {
+        time::sleep(Duration::from_millis(1)).await;
+    }
 }
 
 fn is_exact(status: &Status, truth: &BTreeMap<&'static str, String>) -> bool {
