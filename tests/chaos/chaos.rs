@@ -49,11 +49,20 @@ impl Chaos {
         let [one, two, other, ..] = ids;
         let a_while = self.a_while();
         let (how, aside) = match self.random.u8(0..8) {
-            0 => (Some(Affliction::Reset), "; another's connections are reset"),
-            1 => (Some(Affliction::Slow), "; another's network is slow"),
-            2 => (Some(Affliction::Silent), "; another's network loses all"),
-            3 => (Some(Affliction::Paused), "; another stands still"),
-            _ => (None, ""),
+            0 => (
+                Some(Affliction::Reset),
+                format!("; connections to {other} are reset"),
+            ),
+            1 => (
+                Some(Affliction::Slow),
+                format!("; the network of {other} is slow"),
+            ),
+            2 => (
+                Some(Affliction::Silent),
+                format!("; the network of {other} loses all"),
+            ),
+            3 => (Some(Affliction::Paused), format!("; {other} stands still")),
+            _ => (None, String::new()),
         };
         let beside = how.map(|how| tokio::spawn(world.afflict(other, how, a_while)));
         let (what, may_take) = self.strike([one, two], world, etcds).await;
@@ -68,7 +77,7 @@ impl Chaos {
         *times += 1;
         *longest = longest.and_then(|longest| Some(longest.max(took?)));
         Done {
-            what: format!("{what}{aside}"),
+            what: format!("{one} {two}: {what}{aside}"),
             too_long: took.is_none_or(|took| took > may_take),
             took,
         }

@@ -271,6 +271,8 @@ impl Tally {
         match (error.sent(), peer) {
             // So little time may not be enough.
             _ if !in_time && failure.deadline < DEADLINE => {}
+            // Nor for the pause before another attempt.
+            _ if may_be_repeated && failure.deadline < DEADLINE => {}
             // Its time may be up where several servers in a row stop answering.
             _ if may_be_repeated && in_time => {
                 self.is_wrong(format!(
@@ -287,7 +289,8 @@ impl Tally {
             }
             (_, Some(id)) if truth.was_disturbed(&id) => {}
             (_, peer) => self.is_wrong(format!(
-                "a call failed though nothing was done to its server {}: {:?}: {error}",
+                "a call failed {:.1?} ago though nothing was done to its server {}: {:?}: {error}",
+                failure.at.elapsed(),
                 peer.as_deref().unwrap_or("(unknown)"),
                 error.kind(),
             )),
@@ -295,6 +298,7 @@ impl Tally {
     }
 
     fn is_wrong(&mut self, what: String) {
+        println!("           !!! {what}");
         *self.wrong.entry(what).or_default() += 1;
     }
 
