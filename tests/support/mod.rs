@@ -7,6 +7,7 @@
 )]
 pub mod certificates;
 pub mod etcd;
+pub mod interop;
 pub mod load;
 pub mod proxy;
 pub mod server;
