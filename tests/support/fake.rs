@@ -10,6 +10,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::{Buf as _, Bytes, BytesMut};
@@ -113,6 +114,19 @@ pub fn answer(mut respond: Respond) {
     let mut trailers = http::HeaderMap::new();
     trailers.insert("grpc-status", http::HeaderValue::from_static("0"));
     stream.send_trailers(trailers).unwrap();
+}
+
+/// How much time a call says that it has.
+pub fn timeout_of(request: &Request) -> Duration {
+    let timeout = request.headers()["grpc-timeout"].to_str().unwrap();
+    let (number, unit) = timeout.split_at(timeout.len() - 1);
+    let number: u64 = number.parse().unwrap();
+    match unit {
+        "n" => Duration::from_nanos(number),
+        "u" => Duration::from_micros(number),
+        "m" => Duration::from_millis(number),
+        _ => panic!("{timeout}"),
+    }
 }
 
 // === by hand ===
