@@ -15,7 +15,10 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, stream};
-use support::server::pb::{EchoRequest, echo_client::EchoClient};
+use support::{
+    fake::{self, Fake},
+    server::pb::{EchoRequest, echo_client::EchoClient},
+};
 use switchboard::{
     ConnectionManager, DeadlineLayer, Error, HedgingPolicy, Kind, RetryLayer, Sent, Session,
     discover::{Change, Update},
@@ -23,7 +26,7 @@ use switchboard::{
     pool::{Plain, Pool, PoolConfig},
     registry::Fixed,
 };
-use tokio::{net::TcpListener, sync::Notify, time};
+use tokio::{sync::Notify, time};
 use tonic::{Code, body::Body};
 use tower::{BoxError, Layer as _, Service, ServiceExt as _, service_fn};
 
@@ -184,39 +187,21 @@ async fn what_a_layer_inside_could_not_repeat_is_repeated_by_one_outside() {
 }
 
 /// A server that says CANCELLED when a call's time is up, as tonic's does.
-async fn cancels_in_time() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    tokio::spawn(async move {
-        while let Ok((socket, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                let mut connection = h2::server::handshake(socket).await.unwrap();
-                while let Some(Ok((request, mut respond))) = connection.accept().await {
-                    let timeout = request.headers()["grpc-timeout"].to_str().unwrap();
-                    let (number, unit) = timeout.split_at(timeout.len() - 1);
-                    let number: u64 = number.parse().unwrap();
-                    let timeout = match unit {
-                        "n" => Duration::from_nanos(number),
-                        "u" => Duration::from_micros(number),
-                        _ => ms(number),
-                    };
-                    tokio::spawn(async move {
-                        time::sleep(timeout).await;
-                        let head = http::Response::builder().header("grpc-status", 1);
-                        let _ = respond.send_response(head.body(()).unwrap(), true);
-                        drop(request);
-                    });
-                }
-            });
-        }
-    });
-    address
+fn cancels_in_time() -> Fake {
+    Fake::streams(|_, request, mut respond| {
+        tokio::spawn(async move {
+            time::sleep(fake::timeout_of(&request)).await;
+            let head = http::Response::builder().header("grpc-status", 1);
+            let _ = respond.send_response(head.body(()).unwrap(), true);
+        });
+    })
 }
 
 // Law 1
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_call_that_its_server_ends_in_time_says_at_whom() {
-    let session = Session::new("echo", cancels_in_time().await).with_id("a");
+    let server = cancels_in_time();
+    let session = Session::new("echo", server.address()).with_id("a");
     let manager = ConnectionManager::builder(Fixed::new([session]).unwrap()).build();
     manager
         .ready("echo", 1, Duration::from_secs(5))

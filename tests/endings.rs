@@ -16,6 +16,7 @@ use futures_util::{FutureExt as _, StreamExt as _, stream};
 use http_body_util::BodyExt as _;
 use support::{
     eventually,
+    fake::{self, Fake},
     server::{
         EchoServer,
         pb::{EchoRequest, EchoResponse, echo_client::EchoClient},
@@ -608,49 +609,25 @@ async fn attempts_are_not_multiplied_by_a_layer_without_a_policy() {
 // === servers that keep time ===
 
 /// Resets each stream when its time is up, as grpc-go's server does; after the head of its response, if it is to.
-async fn keeps_time(head_first: bool) -> String {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    tokio::spawn(async move {
-        while let Ok((socket, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                let mut connection = h2::server::handshake(socket).await.unwrap();
-                while let Some(Ok((request, mut respond))) = connection.accept().await {
-                    let timeout = request.headers()["grpc-timeout"].to_str().unwrap();
-                    let (number, unit) = timeout.split_at(timeout.len() - 1);
-                    let number: u64 = number.parse().unwrap();
-                    let timeout = match unit {
-                        "n" => Duration::from_nanos(number),
-                        "u" => Duration::from_micros(number),
-                        _ => ms(number),
-                    };
-                    tokio::spawn(async move {
-                        let mut answer = None;
-                        if head_first {
-                            let head = http::Response::builder()
-                                .header("content-type", "application/grpc");
-                            let head = head.body(()).unwrap();
-                            answer = Some(respond.send_response(head, false).unwrap());
-                        }
-                        time::sleep(timeout).await;
-                        match &mut answer {
-                            Some(answer) => answer.send_reset(h2::Reason::CANCEL),
-                            None => respond.send_reset(h2::Reason::CANCEL),
-                        }
-                        drop(request);
-                    });
-                }
-            });
-        }
-    });
-    address
+fn keeps_time(head_first: bool) -> Fake {
+    Fake::streams(move |_, request, mut respond| {
+        tokio::spawn(async move {
+            let answer = head_first.then(|| respond.send_response(fake::head(), false).unwrap());
+            time::sleep(fake::timeout_of(&request)).await;
+            match answer {
+                Some(mut answer) => answer.send_reset(h2::Reason::CANCEL),
+                None => respond.send_reset(h2::Reason::CANCEL),
+            }
+        });
+    })
 }
 
 // Scenario 23.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_servers_reset_when_the_time_is_up_is_deadline_exceeded() {
     for head_first in [false, true] {
-        let session = Session::new("echo", keeps_time(head_first).await).with_id("a");
+        let server = keeps_time(head_first);
+        let session = Session::new("echo", server.address()).with_id("a");
         let manager = ConnectionManager::builder(Fixed::new([session]).unwrap()).build();
         manager
             .ready("echo", 1, Duration::from_secs(5))

@@ -46,3 +46,8 @@ fn the_demo_service_is_current() {
 fn the_etcd_client_is_current() {
     is_current("etcd.proto", true, "proto/gen/etcd.rs");
 }
+
+#[test]
+fn grpcs_test_service_is_current() {
+    is_current("test.proto", false, "proto/gen/test.rs");
+}

@@ -3,7 +3,7 @@
 mod support;
 
 use std::{
-    net::SocketAddr,
+    io,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::SeqCst},
@@ -14,6 +14,7 @@ use std::{
 use futures_util::StreamExt as _;
 use support::{
     eventually, eventually_async,
+    fake::{ByHand, Fake},
     server::{
         EchoServer, Options,
         pb::{EchoRequest, echo_client::EchoClient},
@@ -26,7 +27,7 @@ use switchboard::{
     manager::{Connectivity, InstanceChange},
     transport::{Connector, HealthCheck},
 };
-use tokio::{net::TcpListener, sync::Notify};
+use tokio::sync::Notify;
 use tonic::Status;
 use tonic_health::ServingStatus::{self, NotServing, Serving};
 
@@ -192,82 +193,64 @@ async fn a_watch_of_health_does_not_keep_a_connection_that_is_to_go() {
     assert_eq!(sockets_to(a.address.port()), 0);
 }
 
-/// A peer that knows no service, says so, and hangs up a moment later; with how often it was dialled.
-async fn hangs_up_after_an_answer() -> (SocketAddr, Arc<AtomicUsize>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let accepted = Arc::new(AtomicUsize::new(0));
-    let count = accepted.clone();
-    tokio::spawn(async move {
-        while let Ok((socket, _)) = listener.accept().await {
-            count.fetch_add(1, SeqCst);
-            tokio::spawn(async move {
-                let mut connection = h2::server::handshake(socket).await?;
-                if let Some(request) = connection.accept().await {
-                    let (_request, mut respond) = request?;
-                    let response = http::Response::builder()
-                        .header("content-type", "application/grpc")
-                        .header("grpc-status", "12")
-                        .body(());
-                    respond.send_response(response.unwrap(), true)?;
-                    let moment = Duration::from_millis(10);
-                    let _ = tokio::time::timeout(moment, connection.accept()).await;
-                }
-                Ok::<_, h2::Error>(())
-            });
+/// A peer that knows no service, says so, and hangs up a moment later.
+fn hangs_up_after_an_answer() -> Fake {
+    Fake::sockets(|_, socket| async {
+        let mut connection = h2::server::handshake(socket)
+            .await
+            .map_err(io::Error::other)?;
+        if let Some(Ok((_request, mut respond))) = connection.accept().await {
+            let response = http::Response::builder()
+                .header("content-type", "application/grpc")
+                .header("grpc-status", "12")
+                .body(());
+            let _ = respond.send_response(response.unwrap(), true);
+            let moment = Duration::from_millis(10);
+            let _ = tokio::time::timeout(moment, connection.accept()).await;
         }
-    });
-    (address, accepted)
+        Ok(())
+    })
 }
 
 #[tokio::test]
 async fn who_answers_for_its_health_and_hangs_up_is_dialled_with_backoff() {
     let registry = MemoryRegistry::new();
-    let (address, accepted) = hangs_up_after_an_answer().await;
-    let session = Session::new("echo", address.to_string()).with_id("a");
+    let fake = hangs_up_after_an_answer();
+    let session = Session::new("echo", fake.address()).with_id("a");
     let _of_a = registry.register(session).await.unwrap();
     let manager = managed(&registry, HealthCheck::Role);
     manager.depends_on("echo").unwrap();
     tokio::time::sleep(Duration::from_secs(2)).await;
-    let dials = accepted.load(SeqCst);
+    let dials = fake.connections();
     assert!((1..10).contains(&dials), "{dials} dials in 2 s");
 }
 
-/// A peer that takes each request and never answers it; it closes its connections when told to.
-async fn never_answers(close: Arc<Notify>) -> (SocketAddr, Arc<AtomicUsize>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let streams = Arc::new(AtomicUsize::new(0));
-    let count = streams.clone();
-    tokio::spawn(async move {
-        while let Ok((socket, _)) = listener.accept().await {
-            let (count, close) = (count.clone(), close.clone());
-            tokio::spawn(async move {
-                let mut connection = h2::server::handshake(socket).await?;
-                let mut open = Vec::new();
-                let serve = async {
-                    while let Some(request) = connection.accept().await {
-                        count.fetch_add(1, SeqCst);
-                        open.push(request?);
-                    }
-                    Ok::<_, h2::Error>(())
-                };
-                tokio::select! {
-                    ended = serve => ended,
-                    () = close.notified() => Ok(()),
+/// A peer that takes each request, which it counts, and never answers it; it closes its connections when told to.
+fn never_answers(close: Arc<Notify>, streams: Arc<AtomicUsize>) -> Fake {
+    Fake::sockets(move |_, socket| {
+        let (close, streams) = (close.clone(), streams.clone());
+        async move {
+            let mut connection = ByHand::accept(socket, &[]).await?;
+            let serve = async {
+                loop {
+                    connection.called().await?;
+                    streams.fetch_add(1, SeqCst);
                 }
-            });
+            };
+            tokio::select! {
+                ended = serve => ended,
+                () = close.notified() => Ok(()),
+            }
         }
-    });
-    (address, streams)
+    })
 }
 
 #[tokio::test]
 async fn who_does_not_say_how_it_is_is_not_called() {
     let registry = MemoryRegistry::new();
-    let close = Arc::new(Notify::new());
-    let (address, streams) = never_answers(close.clone()).await;
-    let session = Session::new("echo", address.to_string()).with_id("a");
+    let (close, streams) = (Arc::new(Notify::new()), Arc::new(AtomicUsize::new(0)));
+    let fake = never_answers(close.clone(), streams.clone());
+    let session = Session::new("echo", fake.address()).with_id("a");
     let mut of_a = registry.register(session).await.unwrap();
     let manager = managed(&registry, HealthCheck::Role);
     let channel = manager.channel("echo");
@@ -294,7 +277,7 @@ async fn who_does_not_say_how_it_is_is_not_called() {
     // When it stops and is gone, it is let go of
     of_a.stopping().await.unwrap();
     of_a.deregister().await.unwrap();
-    eventually("it is closed", || sockets_to(address.port()) == 0).await;
+    eventually("it is closed", || sockets_to(fake.address.port()) == 0).await;
 }
 
 #[tokio::test]

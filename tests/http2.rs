@@ -1,6 +1,6 @@
 //! Peers that refuse, go away and misbehave, in HTTP/2's own terms.
 //!
-//! These are fakes on raw `h2`, because a real tonic server cannot be brought to do it to order.
+//! These are fakes (`support/fake.rs`), because a real tonic server cannot be brought to do it to order.
 
 mod support;
 
@@ -16,6 +16,7 @@ use bytes::Bytes;
 use h2::Reason;
 use support::{
     eventually,
+    fake::{self, ByHand, Fake, GOAWAY, MAX_CONCURRENT_STREAMS, SETTINGS, frame, setting},
     server::{
         EchoServer,
         pb::{EchoRequest, echo_client::EchoClient},
@@ -24,54 +25,8 @@ use support::{
 use switchboard::{
     Channel, ConnectionManager, Error, Kind, Sent, Session, pool::PoolConfig, registry::Fixed,
 };
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream},
-    sync::{Notify, mpsc},
-    time,
-};
+use tokio::{net::TcpStream, sync::Notify, time};
 use tonic::{Code, Status};
-
-/// What a fake does with the n-th stream of a connection.
-type Script = fn(stream: usize, respond: &mut Respond);
-
-type Respond = h2::server::SendResponse<Bytes>;
-
-fn answer(respond: &mut Respond) {
-    let head = http::Response::builder()
-        .header("content-type", "application/grpc")
-        .body(())
-        .unwrap();
-    let mut stream = respond.send_response(head, false).unwrap();
-    stream
-        .send_data(Bytes::from_static(&[0; 5]), false)
-        .unwrap();
-    let mut trailers = http::HeaderMap::new();
-    trailers.insert("grpc-status", http::HeaderValue::from_static("0"));
-    stream.send_trailers(trailers).unwrap();
-}
-
-/// Serves connections by the script; counts them.
-async fn fake(script: Script) -> (String, Arc<AtomicUsize>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    let connections = Arc::new(AtomicUsize::new(0));
-    let counter = connections.clone();
-    tokio::spawn(async move {
-        while let Ok((socket, _)) = listener.accept().await {
-            counter.fetch_add(1, SeqCst);
-            tokio::spawn(async move {
-                let mut connection = h2::server::handshake(socket).await.unwrap();
-                let mut streams = 0;
-                while let Some(Ok((_request, mut respond))) = connection.accept().await {
-                    script(streams, &mut respond);
-                    streams += 1;
-                }
-            });
-        }
-    });
-    (address, connections)
-}
 
 fn channel_to(address: &str) -> (ConnectionManager, Channel) {
     let session = Session::new("echo", address).with_id("a");
@@ -95,12 +50,11 @@ async fn call(channel: &Channel) -> Result<(), Status> {
 
 #[tokio::test]
 async fn a_refused_stream_was_not_processed_is_repeated_once_and_hurts_no_other() {
-    let (address, connections) = fake(|stream, respond| match stream {
+    let fake = Fake::streams(|stream, _, mut respond| match stream {
         0 | 2 | 3 => respond.send_reset(Reason::REFUSED_STREAM),
-        _ => answer(respond),
-    })
-    .await;
-    let (_manager, channel) = channel_to(&address);
+        _ => fake::answer(respond),
+    });
+    let (_manager, channel) = channel_to(&fake.address());
     // Refused, and repeated at once
     call(&channel).await.unwrap();
     // Refused again when it is repeated
@@ -112,28 +66,23 @@ async fn a_refused_stream_was_not_processed_is_repeated_once_and_hurts_no_other(
         (Kind::Refused, Sent::Unprocessed)
     );
     call(&channel).await.unwrap();
-    assert_eq!(
-        connections.load(SeqCst),
-        1,
-        "the connection is as good as before"
-    );
+    assert_eq!(fake.connections(), 1, "the connection is as good as before");
 }
 
 // Another transport's word for it is understood too.
 #[tokio::test]
 async fn a_refused_stream_is_repeated_through_tonics_own_channel() {
-    let (address, connections) = fake(|stream, respond| match stream {
+    let fake = Fake::streams(|stream, _, mut respond| match stream {
         0 => respond.send_reset(Reason::REFUSED_STREAM),
-        _ => answer(respond),
-    })
-    .await;
-    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}"));
+        _ => fake::answer(respond),
+    });
+    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", fake.address));
     let service = tower::ServiceBuilder::new()
         .layer(switchboard::RetryLayer::transparent())
         .service(endpoint.unwrap().connect_lazy());
     let result = EchoClient::new(service).unary(EchoRequest::default()).await;
     result.unwrap();
-    assert_eq!(connections.load(SeqCst), 1, "it goes out once more");
+    assert_eq!(fake.connections(), 1, "it goes out once more");
 }
 
 // A server that says so after it has answered has it wrong, and is not to be believed: a repetition could be
@@ -142,12 +91,8 @@ async fn a_refused_stream_is_repeated_through_tonics_own_channel() {
 async fn a_stream_refused_after_its_answer_began_may_have_been_processed() {
     /// The caller has read what there is.
     static READ: tokio::sync::Notify = tokio::sync::Notify::const_new();
-    let (address, connections) = fake(|stream, respond| {
-        let head = http::Response::builder()
-            .header("content-type", "application/grpc")
-            .body(())
-            .unwrap();
-        let mut answer = respond.send_response(head, false).unwrap();
+    let fake = Fake::streams(|stream, _, mut respond| {
+        let mut answer = respond.send_response(fake::head(), false).unwrap();
         // The first has headers only, the second a message too.
         if stream > 0 {
             answer
@@ -158,9 +103,8 @@ async fn a_stream_refused_after_its_answer_began_may_have_been_processed() {
             READ.notified().await;
             answer.send_reset(Reason::REFUSED_STREAM);
         });
-    })
-    .await;
-    let (_manager, channel) = channel_to(&address);
+    });
+    let (_manager, channel) = channel_to(&fake.address());
     for messages in 0..2 {
         let mut answers = EchoClient::new(channel.clone())
             .download(EchoRequest::default())
@@ -179,7 +123,7 @@ async fn a_stream_refused_after_its_answer_began_may_have_been_processed() {
             "after {messages} messages: {status}"
         );
     }
-    assert_eq!(connections.load(SeqCst), 1, "it was the stream's end alone");
+    assert_eq!(fake.connections(), 1, "it was the stream's end alone");
 }
 
 #[tokio::test]
@@ -191,17 +135,8 @@ async fn a_reset_has_grpcs_code_for_it_and_may_have_been_processed() {
         (Reason::PROTOCOL_ERROR, Code::Internal),
         (Reason::INTERNAL_ERROR, Code::Internal),
     ] {
-        let script: Script = match reason {
-            Reason::CANCEL => |_, respond| respond.send_reset(Reason::CANCEL),
-            Reason::ENHANCE_YOUR_CALM => |_, respond| respond.send_reset(Reason::ENHANCE_YOUR_CALM),
-            Reason::INADEQUATE_SECURITY => {
-                |_, respond| respond.send_reset(Reason::INADEQUATE_SECURITY)
-            }
-            Reason::PROTOCOL_ERROR => |_, respond| respond.send_reset(Reason::PROTOCOL_ERROR),
-            _ => |_, respond| respond.send_reset(Reason::INTERNAL_ERROR),
-        };
-        let (address, _) = fake(script).await;
-        let (_manager, channel) = channel_to(&address);
+        let fake = Fake::streams(move |_, _, mut respond| respond.send_reset(reason));
+        let (_manager, channel) = channel_to(&fake.address());
         let status = call(&channel).await.unwrap_err();
         assert_eq!(status.code(), code, "{reason:?}: {status}");
         let error = Error::of(&status).unwrap();
@@ -209,65 +144,28 @@ async fn a_reset_has_grpcs_code_for_it_and_may_have_been_processed() {
     }
 }
 
-const HEADERS: u8 = 1;
-const SETTINGS: u8 = 4;
-const PING: u8 = 6;
-const GOAWAY: u8 = 7;
-
-/// A frame of the connection's own.
-fn frame(kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
-    let mut frame = vec![0, 0, payload.len() as u8, kind, flags, 0, 0, 0, 0];
-    frame.extend_from_slice(payload);
-    frame
-}
-
-/// Speaks just enough HTTP/2 by hand to say a GOAWAY that no library says: after `streams` requests, that
-/// only the first was taken. It stays open, and answers nothing.
-async fn goes_away_after(streams: u8, mut socket: TcpStream) -> std::io::Result<()> {
-    let mut preface = [0; 24];
-    socket.read_exact(&mut preface).await?;
-    socket.write_all(&frame(SETTINGS, 0, &[])).await?;
-    let mut seen = 0;
-    loop {
-        let mut head = [0; 9];
-        socket.read_exact(&mut head).await?;
-        let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
-        socket.read_exact(&mut payload).await?;
-        match (head[3], head[4]) {
-            (SETTINGS, 0) => socket.write_all(&frame(SETTINGS, 1, &[])).await?,
-            (PING, 0) => socket.write_all(&frame(PING, 1, &payload)).await?,
-            (HEADERS, _) => {
-                seen += 1;
-                if seen == streams {
-                    let last_stream_1_no_error = [0, 0, 0, 1, 0, 0, 0, 0];
-                    socket
-                        .write_all(&frame(GOAWAY, 0, &last_stream_1_no_error))
-                        .await?;
-                }
-            }
-            _ => {}
-        }
-    }
-}
-
 #[tokio::test]
 async fn calls_above_a_goaway_are_made_again_on_the_next_connection() {
     let server = EchoServer::start("a");
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap().to_string();
     let behind = server.address;
-    tokio::spawn(async move {
-        // The first connection goes away at its third call; the next ones are a real server's.
-        let (first, _) = listener.accept().await.unwrap();
-        tokio::spawn(goes_away_after(3, first));
-        while let Ok((mut client, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                let mut server = TcpStream::connect(behind).await.unwrap();
-                tokio::io::copy_bidirectional(&mut client, &mut server).await
-            });
+    let fake = Fake::sockets(move |nth, mut client| async move {
+        if nth > 0 {
+            let mut server = TcpStream::connect(behind).await?;
+            tokio::io::copy_bidirectional(&mut client, &mut server).await?;
+            return Ok(());
         }
+        // The first connection goes away at its third call: only the first was taken, and is never answered. No library
+        // says that. The next ones are a real server's.
+        let mut connection = ByHand::accept(client, &[]).await?;
+        for _ in 0..3 {
+            connection.called().await?;
+        }
+        let last_stream_1_no_error = [0, 0, 0, 1, 0, 0, 0, 0];
+        let goaway = frame(GOAWAY, 0, 0, &last_stream_1_no_error);
+        connection.send(&goaway).await?;
+        connection.idle().await
     });
-    let (manager, channel) = channel_to(&address);
+    let (manager, channel) = channel_to(&fake.address());
     let in_flight = || {
         let status = manager.status();
         let endpoint = status.roles[0].endpoints.first();
@@ -340,59 +238,31 @@ async fn a_graceful_stop_lets_calls_finish_and_sends_new_ones_elsewhere() {
     }
 }
 
-/// Speaks just enough HTTP/2 by hand to change its mind: it allows no stream, and 100 once it is told to. It answers none.
-async fn allows_later(
-    mut socket: TcpStream,
-    allow: Arc<Notify>,
-    streams: Arc<AtomicUsize>,
-) -> std::io::Result<()> {
-    const ACK: u8 = 1;
-    const MAX_CONCURRENT_STREAMS: u8 = 3;
-    let allowing = |streams: u8| frame(SETTINGS, 0, &[0, MAX_CONCURRENT_STREAMS, 0, 0, 0, streams]);
-    let mut preface = [0; 24];
-    socket.read_exact(&mut preface).await?;
-    socket.write_all(&allowing(0)).await?;
-    let (mut reading, mut writing) = socket.into_split();
-    // Frames are read by a task of their own: no read of half a one is given up.
-    let (told, mut frames) = mpsc::unbounded_channel();
-    tokio::spawn(async move {
-        let mut head = [0; 9];
-        while reading.read_exact(&mut head).await.is_ok() {
-            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
-            let mut payload = vec![0; length as usize];
-            reading.read_exact(&mut payload).await.unwrap();
-            let _ = told.send((head[3], head[4], payload));
-        }
-    });
-    loop {
-        let answer = tokio::select! {
-            () = allow.notified() => allowing(100),
-            read = frames.recv() => match read {
-                Some((SETTINGS, 0, _)) => frame(SETTINGS, ACK, &[]),
-                Some((PING, 0, payload)) => frame(PING, ACK, &payload),
-                Some((HEADERS, ..)) => {
-                    streams.fetch_add(1, SeqCst);
-                    continue;
-                }
-                Some(_) => continue,
-                None => return Ok(()),
-            },
-        };
-        writing.write_all(&answer).await?;
-    }
-}
-
 #[tokio::test]
 async fn calls_that_wait_for_a_stream_go_when_the_peer_allows_more() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap().to_string();
     let (allow, streams) = (Arc::new(Notify::new()), Arc::new(AtomicUsize::new(0)));
     let (told, seen) = (allow.clone(), streams.clone());
-    tokio::spawn(async move {
-        let (socket, _) = listener.accept().await.unwrap();
-        allows_later(socket, told, seen).await
+    // It allows no stream, and 100 once it is told to. It answers none.
+    let fake = Fake::sockets(move |_, socket| {
+        let (told, seen) = (told.clone(), seen.clone());
+        async move {
+            let none = setting(MAX_CONCURRENT_STREAMS, 0);
+            let mut connection = ByHand::accept(socket, &none).await?;
+            loop {
+                tokio::select! {
+                    () = told.notified() => {
+                        let many = setting(MAX_CONCURRENT_STREAMS, 100);
+                        connection.send(&frame(SETTINGS, 0, 0, &many)).await?;
+                    }
+                    called = connection.called() => {
+                        called?;
+                        seen.fetch_add(1, SeqCst);
+                    }
+                }
+            }
+        }
     });
-    let (manager, channel) = channel_to(&address);
+    let (manager, channel) = channel_to(&fake.address());
     manager
         .ready("echo", 1, Duration::from_secs(5))
         .await

@@ -6,7 +6,10 @@ mod support;
 use std::{
     future::Future,
     net::SocketAddr,
-    sync::{Arc, atomic::Ordering::SeqCst},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
     time::{Duration, Instant},
 };
 
@@ -15,6 +18,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 use support::{
     certificates::{Ca, Issued},
     eventually,
+    fake::Fake,
     server::{
         EchoServer, Options,
         pb::{EchoRequest, echo_client::EchoClient},
@@ -22,12 +26,16 @@ use support::{
     sockets_to,
 };
 use switchboard::{
-    Channel, ConnectionManager, Error, Kind, MemoryRegistry, Session,
+    Backoff, Channel, ConnectionManager, Error, Kind, MemoryRegistry, Session, WaitForReady,
     pool::PoolConfig,
     registry::Registration,
     transport::{Connector, TlsConfig},
 };
-use tokio::{io::AsyncReadExt as _, net::TcpListener, task::JoinSet};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+};
 use tokio_rustls::{
     TlsAcceptor,
     rustls::{
@@ -114,7 +122,7 @@ async fn tls_server<F: Future<Output = ()> + Send + 'static>(
     clients: Option<&Ca>,
     versions: &[&'static SupportedProtocolVersion],
     alpn: &[&[u8]],
-    then: fn(tokio_rustls::server::TlsStream<tokio::net::TcpStream>) -> F,
+    then: fn(tokio_rustls::server::TlsStream<TcpStream>) -> F,
 ) -> (SocketAddr, JoinSet<()>) {
     let provider = Arc::new(ring::default_provider());
     let builder = ServerConfig::builder_with_provider(provider.clone())
@@ -455,6 +463,111 @@ async fn a_server_that_is_silent_in_the_handshake_costs_one_attempt_and_is_let_g
     eventually("nothing is left", || sockets_to(port) == 0).await;
 }
 
+/// What a server does in the handshake instead of taking part in it.
+#[derive(Clone, Copy, Debug)]
+enum Instead {
+    HangUp,
+    HangUpAfterTheHello,
+    Say(&'static [u8]),
+    SayAndHangUp(&'static [u8]),
+}
+
+// A record of TLS begins with its type (22 is a handshake, 21 an alert), its version, and its length.
+#[tokio::test]
+async fn a_server_that_does_not_take_part_in_the_handshake_costs_one_attempt_and_is_let_go() {
+    use Instead::{HangUp, HangUpAfterTheHello, Say, SayAndHangUp};
+    let ca = Ca::new("ca");
+    let real = server(presenting(&ca.issue(&["127.0.0.1"])));
+    let behind = real.address;
+    for (instead, why) in [
+        (HangUp, "TLS handshake failed"),
+        (HangUpAfterTheHello, "TLS handshake failed"),
+        (SayAndHangUp(&[22, 3, 3]), "TLS handshake failed"),
+        (
+            SayAndHangUp(&[22, 3, 3, 0, 100, 2, 0, 0, 96]),
+            "TLS handshake failed",
+        ),
+        (Say(&[22, 3, 3, 0, 4, 2, 0, 0, 0]), "TLS handshake failed"),
+        (Say(&[22, 3, 3, 0, 4, 0, 0, 0, 0]), "TLS handshake failed"),
+        (Say(&[22, 3, 3, 0xff, 0xff, 2]), "TLS handshake failed"),
+        (
+            Say(&[21, 3, 3, 0, 2, 2, 40]),
+            "TLS handshake failed: the server refuses: received fatal alert",
+        ),
+        (
+            Say(b"HTTP/1.1 400 Bad Request\r\n\r\n"),
+            "does not seem to speak TLS",
+        ),
+        // As much as was announced never comes.
+        (
+            Say(&[22, 3, 3, 0, 100, 2, 0, 0, 96]),
+            "not connected within 300ms",
+        ),
+    ] {
+        // Given a server that is not one at first
+        let recovered = Arc::new(AtomicBool::new(false));
+        let has = recovered.clone();
+        let fake = Fake::sockets(move |_, mut socket| {
+            let recovered = has.load(SeqCst);
+            async move {
+                if recovered {
+                    let mut real = TcpStream::connect(behind).await?;
+                    tokio::io::copy_bidirectional(&mut socket, &mut real).await?;
+                    return Ok(());
+                }
+                let mut hello = [0; 1024];
+                match instead {
+                    HangUp => return Ok(()),
+                    HangUpAfterTheHello => _ = socket.read(&mut hello).await?,
+                    Say(what) => {
+                        socket.write_all(what).await?;
+                        while socket.read(&mut hello).await? > 0 {}
+                    }
+                    SayAndHangUp(what) => {
+                        _ = socket.read(&mut hello).await?;
+                        socket.write_all(what).await?;
+                    }
+                }
+                Ok(())
+            }
+        });
+        let registry = MemoryRegistry::new();
+        let session = Session::new("echo", fake.address()).with_id("a");
+        let _registration = registry.register(session).await.unwrap();
+        let backoff = Backoff::constant(Duration::from_millis(50), 0.0).unwrap();
+        let attempt = match why.starts_with("not connected") {
+            true => Duration::from_millis(300),
+            false => AT_ONCE,
+        };
+        let pools = PoolConfig::default().attempt_timeout(attempt).unwrap();
+        let manager = ConnectionManager::builder(registry)
+            .connector(Connector::new().tls(trusting(&ca)).unwrap())
+            .pools(pools.backoff(backoff).probe(Some(backoff)))
+            .build();
+        // When it is called, then that ends, with who and why
+        let began = Instant::now();
+        let mut client = EchoClient::new(manager.channel("echo"));
+        let status = client.unary(message("hello")).await.unwrap_err();
+        assert!(began.elapsed() < AT_ONCE, "{:?}", began.elapsed());
+        let kind = Error::of(&status).map(Error::kind);
+        assert_eq!(kind, Some(Kind::NotConnected), "{instead:?}: {status}");
+        for part in [why, &format!("{} (id a)", fake.address)] {
+            assert!(
+                status.message().contains(part),
+                "{instead:?}: not {part}: {status}"
+            );
+        }
+        // When it is one, then it is called
+        recovered.store(true, SeqCst);
+        let mut request = tonic::Request::new(message("hello"));
+        request.extensions_mut().insert(WaitForReady(true));
+        let called = tokio::time::timeout(AT_ONCE, client.unary(request)).await;
+        called.expect("it hangs").unwrap();
+        manager.stop().await;
+        eventually("nothing is left", || sockets_to(fake.address.port()) == 0).await;
+    }
+}
+
 #[tokio::test]
 async fn a_killed_server_ends_its_calls_and_is_connected_anew_when_it_is_back() {
     let ca = Ca::new("ca");
@@ -560,7 +673,7 @@ fn secrets_are_not_shown() {
 }
 
 /// Says nothing, until the client has had enough.
-async fn silent(mut stream: tokio_rustls::server::TlsStream<tokio::net::TcpStream>) {
+async fn silent(mut stream: tokio_rustls::server::TlsStream<TcpStream>) {
     let mut buffer = [0; 1024];
     while stream.read(&mut buffer).await.is_ok_and(|read| read > 0) {}
 }

@@ -83,25 +83,21 @@ impl Open {
                     let _ = self.stream.flow_control().release_capacity(data.len());
                     return Poll::Ready(Some(Ok(Frame::data(data))));
                 }
-                Some(Err(error)) => return Poll::Ready(self.failed(error)),
+                Some(Err(error)) => return Poll::Ready(Some(Err(self.failed(error)))),
                 None => self.data_done = true,
             }
         }
         match ready!(self.stream.poll_trailers(cx)) {
             Ok(trailers) => Poll::Ready(trailers.map(|t| Ok(Frame::trailers(t)))),
-            Err(error) => Poll::Ready(self.failed(error)),
+            Err(error) => Poll::Ready(Some(Err(self.failed(error)))),
         }
     }
 
-    fn failed(&mut self, error: h2::Error) -> Option<Result<Frame<Bytes>, Error>> {
-        // A server that answered in full may reset the request's half so; the answer stands.
-        if error.is_reset() && error.reason() == Some(h2::Reason::NO_ERROR) {
-            return None;
-        }
+    fn failed(&mut self, error: h2::Error) -> Error {
+        // A reset after the end, by a server that does not want the rest of the request, comes from h2 as that end. So
+        // this one cuts the response short, also if it is for no error.
         let failure = self.pump.take().and_then(|pump| pump.failure());
-        Some(Err(
-            failure.unwrap_or_else(|| self.slot.core.classify_late(error))
-        ))
+        failure.unwrap_or_else(|| self.slot.core.classify_late(error))
     }
 }
 

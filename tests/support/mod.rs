@@ -7,6 +7,8 @@
 )]
 pub mod certificates;
 pub mod etcd;
+pub mod fake;
+pub mod interop;
 pub mod load;
 pub mod proxy;
 pub mod server;
