@@ -512,6 +512,7 @@ async fn a_response_that_makes_no_sense_costs_one_call() {
     )
     .await;
     assert_eq!(connections, 1, "it was the stream's alone: {status}");
+    assert_eq!(status.code(), Code::Internal, "{status}");
 }
 
 #[tokio::test]
@@ -604,6 +605,7 @@ async fn a_header_list_that_is_too_large_costs_one_call() {
     let (status, connections) =
         costs_one_call("48 MB of headers", sends(|s| bomb(s, 12_000))).await;
     assert_eq!(connections, 1, "{status}");
+    assert_eq!(status.code(), Code::Internal, "{status}");
 }
 
 #[tokio::test]

@@ -633,7 +633,11 @@ async fn the_peers_limit_on_streams_is_kept_to() {
             ..Options::default()
         },
     );
-    let (_manager, channel) = channel_to(&server.address());
+    let session = Session::new("echo", server.address());
+    let manager = ConnectionManager::builder(Fixed::new([session]).unwrap())
+        .connector(Connector::new().max_connections(1).unwrap())
+        .build();
+    let channel = manager.channel("echo");
     let calls: Vec<_> = (0..60)
         .map(|_| {
             let mut client = EchoClient::new(channel.clone());

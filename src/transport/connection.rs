@@ -39,6 +39,10 @@ pub struct Connection {
     pub(super) serves: bool,
 }
 
+/// How much h2 may keep for the sake of small messages that nobody has read, in bytes by its own account of 256 for each
+/// at most: a quarter of a million of them.
+const UNREAD_FRAMES: usize = 64 << 20;
+
 // === impl Connection ===
 
 impl Connection {
@@ -62,10 +66,10 @@ impl Connection {
             .enable_push(false)
             .initial_window_size(config.stream_window)
             .initial_connection_window_size(config.connection_window)
-            // h2's guards against hostile peers count what honest ones do too, over a connection's whole
-            // life: small messages that arrive together, and frames for calls that were cancelled. One
-            // caller's cancellations would close the connection under all others.
-            .data_frame_budget(usize::MAX)
+            // h2's guards against hostile peers count what honest ones do too: small messages that nobody has read
+            // yet and, over a connection's whole life, frames for calls that were cancelled. One caller's would
+            // close the connection under all others. The first is bounded where memory would be in danger.
+            .data_frame_budget(UNREAD_FRAMES)
             .max_local_error_reset_streams(None)
             .max_concurrent_reset_streams(4096)
             .handshake::<_, Bytes>(io)

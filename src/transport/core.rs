@@ -209,6 +209,9 @@ impl Core {
         if let Some(error) = self.error() {
             return error;
         }
+        if error.is_reset() {
+            return out_of_order(error);
+        }
         Error::new(Kind::ConnectionLost)
             .with_sent(Sent::Sent)
             .with_source(error)
@@ -216,16 +219,20 @@ impl Core {
 
     /// The same once the peer has begun to answer: whatever it says now, it has processed the call.
     pub(super) fn classify_late(&self, error: h2::Error) -> Error {
-        let kind = match error.is_reset() && error.is_remote() {
-            true => Kind::Reset,
-            false => Kind::ConnectionLost,
-        };
-        if kind == Kind::ConnectionLost
-            && let Some(error) = self.error()
-        {
+        if error.is_reset() && error.is_remote() {
+            return Error::new(Kind::Reset)
+                .with_sent(Sent::Sent)
+                .with_source(error);
+        }
+        if let Some(error) = self.error() {
             return error;
         }
-        Error::new(kind).with_sent(Sent::Sent).with_source(error)
+        if error.is_reset() {
+            return out_of_order(error);
+        }
+        Error::new(Kind::ConnectionLost)
+            .with_sent(Sent::Sent)
+            .with_source(error)
     }
 
     pub(super) fn close_because(&self, kind: Kind, reason: Option<String>) {
@@ -245,6 +252,14 @@ impl fmt::Debug for Core {
             .field("closed", &self.closed)
             .finish_non_exhaustive()
     }
+}
+
+/// What the peer sent on this stream alone breaks HTTP/2, which h2 has reset for it; the connection goes on.
+fn out_of_order(error: h2::Error) -> Error {
+    Error::new(Kind::Internal)
+        .with_sent(Sent::Sent)
+        .with_reason("the answer breaks HTTP/2")
+        .with_source(error)
 }
 
 // === impl Slot ===

@@ -69,6 +69,27 @@ impl Ledger {
         })
     }
 
+    /// Who executed a call, and how long after it began: to tell what became of one that failed.
+    pub(crate) fn executed(&self, number: u64, began: Instant) -> String {
+        let executions = lock(&self.executions[number as usize % 16]);
+        let of = executions.get(&number).map_or(&[][..], Vec::as_slice);
+        let each = of.iter().map(|execution| {
+            let after = execution.at.saturating_duration_since(began);
+            format!("by {} after {after:.0?}", execution.server)
+        });
+        match of {
+            [] => "executed by nobody".to_owned(),
+            _ => format!("executed {}", each.collect::<Vec<_>>().join(", ")),
+        }
+    }
+
+    /// Who executed a call, however often.
+    pub(crate) fn executed_by(&self, number: u64) -> Vec<&'static str> {
+        let executions = lock(&self.executions[number as usize % 16]);
+        let of = executions.get(&number).map_or(&[][..], Vec::as_slice);
+        of.iter().map(|execution| execution.server).collect()
+    }
+
     /// It has no session from now on, until it is [registered](Ledger::registered).
     pub(crate) fn unregistered(&self, server: &'static str) {
         lock(&self.unregistered).push((server, Instant::now(), None));

@@ -61,6 +61,8 @@ pub(crate) struct Tally {
 
 /// One call that failed.
 struct Failure {
+    number: u64,
+    began: Instant,
     at: Instant,
     status: Status,
     deadline: Duration,
@@ -213,6 +215,8 @@ impl Caller {
                 self.shared.failed.fetch_add(1, Relaxed);
                 let at = Instant::now();
                 Some(Failure {
+                    number,
+                    began,
                     at,
                     status,
                     deadline,
@@ -225,7 +229,19 @@ impl Caller {
 
     fn failed(&mut self, failure: &Failure) {
         let truth = lock(&self.truth);
-        self.tally.failed(failure, self.policy.is_some(), &truth);
+        let by = self.ledger.executed_by(failure.number);
+        // Whoever had it first may have had most of its time.
+        let excused = by.iter().any(|id| truth.was_disturbed(id));
+        let may_be_repeated = self.policy.is_some();
+        let wrong = self.tally.failed(failure, may_be_repeated, excused, &truth);
+        if wrong {
+            let executed = self.ledger.executed(failure.number, failure.began);
+            println!(
+                "           its deadline was {:?}, it began {:.1?} ago and was {executed}",
+                failure.deadline,
+                failure.began.elapsed()
+            );
+        }
     }
 }
 
@@ -252,13 +268,21 @@ pub(crate) async fn call(
 // === impl Tally ===
 
 impl Tally {
-    fn failed(&mut self, failure: &Failure, may_be_repeated: bool, truth: &Truth) {
+    /// Whether it must not be.
+    fn failed(
+        &mut self,
+        failure: &Failure,
+        may_be_repeated: bool,
+        excused: bool,
+        truth: &Truth,
+    ) -> bool {
         let status = &failure.status;
         let Some(error) = Error::of(status) else {
-            return self.is_wrong(format!(
+            self.is_wrong(format!(
                 "a failure of the server itself: {}",
                 status.message()
             ));
+            return true;
         };
         let what = format!("{:?}, {:?}", error.kind(), error.sent());
         let what = match may_be_repeated {
@@ -268,6 +292,7 @@ impl Tally {
         *self.failures.entry(what).or_default() += 1;
         let in_time = error.kind() != Kind::DeadlineExceeded;
         let peer = error.peer().map(|peer| peer.id.to_string());
+        let before = self.wrong.values().sum::<u64>();
         match (error.sent(), peer) {
             // So little time may not be enough.
             _ if !in_time && failure.deadline < DEADLINE => {}
@@ -287,7 +312,7 @@ impl Tally {
                     error.kind()
                 ));
             }
-            (_, Some(id)) if truth.was_disturbed(&id) => {}
+            (_, Some(id)) if excused || truth.was_disturbed(&id) => {}
             (_, peer) => self.is_wrong(format!(
                 "a call failed {:.1?} ago though nothing was done to its server {}: {:?}: {error}",
                 failure.at.elapsed(),
@@ -295,6 +320,7 @@ impl Tally {
                 error.kind(),
             )),
         }
+        self.wrong.values().sum::<u64>() > before
     }
 
     fn is_wrong(&mut self, what: String) {
