@@ -26,6 +26,15 @@ use switchboard::{
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Request};
 
+fn over_one_connection_to(address: &str) -> (ConnectionManager, Channel) {
+    let session = Session::new("echo", address);
+    let manager = ConnectionManager::builder(Fixed::new([session]).unwrap())
+        .connector(Connector::new().max_connections(1).unwrap())
+        .build();
+    let channel = manager.channel("echo");
+    (manager, channel)
+}
+
 fn channel_to(address: &str) -> (ConnectionManager, Channel) {
     let session = Session::new("echo", address).with_id("a");
     let manager = ConnectionManager::builder(Fixed::new([session]).unwrap()).build();
@@ -633,11 +642,7 @@ async fn the_peers_limit_on_streams_is_kept_to() {
             ..Options::default()
         },
     );
-    let session = Session::new("echo", server.address());
-    let manager = ConnectionManager::builder(Fixed::new([session]).unwrap())
-        .connector(Connector::new().max_connections(1).unwrap())
-        .build();
-    let channel = manager.channel("echo");
+    let (_manager, channel) = over_one_connection_to(&server.address());
     let calls: Vec<_> = (0..60)
         .map(|_| {
             let mut client = EchoClient::new(channel.clone());
@@ -687,7 +692,7 @@ async fn streams_that_end_together_are_given_to_as_many_who_wait() {
         ..Options::default()
     };
     let server = EchoServer::start_with("a", options);
-    let (_manager, channel) = channel_to(&server.address());
+    let (_manager, channel) = over_one_connection_to(&server.address());
     let mut held = Vec::new();
     for _ in 0..2 {
         let request = EchoRequest {

@@ -9,8 +9,10 @@ use super::core::Core;
 use crate::error::Kind;
 
 /// How long cancelled calls keep their streams after the answer that lets them go, so that a server that
-/// answers pings while it is still taking calls in gets to do so.
+/// answers pings while it is still taking calls in gets to do so: four times as long as it took to answer, within these. A
+/// busy one takes longer over both.
 const BREATH: Duration = Duration::from_millis(1);
+const DEEP_BREATH: Duration = Duration::from_millis(20);
 
 /// When the peer is pinged for its own sake.
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +59,7 @@ pub(super) async fn run(core: Arc<Core>, mut pings: PingPong, keepalive: Keepali
                     }
                 }
             }
-            time::sleep(BREATH).await;
+            time::sleep((4 * asked.elapsed()).clamp(BREATH, DEEP_BREATH)).await;
             core.resets().confirmed();
         }
     };
