@@ -1,4 +1,4 @@
-//! `cargo bench --bench compare [-- pool | layers | updates | loopback | connections | instructions]`: every figure that the crate is judged
+//! `cargo bench --bench compare [-- pool | layers | updates | loopback | connections | bytes | instructions]`: every figure that the crate is judged
 //! by, against what a user would pick instead, in one run of a few minutes.
 //!
 //! Shared machines stall often. So the candidates take turns, slice by slice; of several short slices in
@@ -12,6 +12,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bytes;
 mod connections;
 mod instructions;
 mod layers;
@@ -44,6 +45,7 @@ fn main() {
         ("updates", updates::run),
         ("loopback", loopback::run),
         ("connections", connections::run),
+        ("bytes", bytes::run),
         ("instructions", instructions::run),
     ] {
         if wanted(group) {

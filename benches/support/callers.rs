@@ -5,6 +5,7 @@ use std::{
     future::Future,
     net::SocketAddr,
     pin::Pin,
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
@@ -38,12 +39,32 @@ pub(crate) enum Kind {
     Managed,
     /// The same with so many connections to a peer at most.
     ManagedOver(usize),
+    /// The same with windows of so many KiB for a stream, and four times that for a connection.
+    ManagedWith(u32),
     /// A bare `tonic::transport::Channel`, to one server.
     Channel,
     /// `tonic::transport::Channel::balance_list`.
     Balance,
     /// `h2`, with what gRPC needs written by hand.
     RawH2,
+}
+
+/// What a call carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Load {
+    /// One message there and back, of so many bytes.
+    Unary(usize),
+    /// So many messages of so many bytes, as an answer.
+    Download(u32, u32),
+    /// The same, as a request.
+    Upload(u32, usize),
+}
+
+/// A client with what its calls carry.
+#[derive(Clone)]
+struct Loaded<T> {
+    client: EchoClient<T>,
+    load: Load,
 }
 
 /// What all calls send.
@@ -57,6 +78,31 @@ pub(crate) fn message() -> EchoRequest {
 // === impl Kind ===
 
 impl Kind {
+    /// For calls that carry more than a few bytes; managed or tonic's own channel.
+    pub(crate) async fn connect_for(self, load: Load, addresses: &[SocketAddr]) -> Candidate {
+        let candidate = match (self, addresses) {
+            (Self::Channel, [only]) => {
+                let endpoint =
+                    Endpoint::from_shared(format!("http://{only}")).expect("a valid URI");
+                let channel = endpoint.connect().await.expect("the server listens");
+                let client = EchoClient::new(channel);
+                Candidate(Box::new(Loaded { client, load }))
+            }
+            _ => {
+                let connector = match self {
+                    Self::ManagedOver(most) => Connector::new().max_connections(most),
+                    Self::ManagedWith(kib) => Connector::new().windows(kib << 10, kib << 12),
+                    _ => Ok(Connector::new()),
+                };
+                let channel = managed(addresses, connector.expect("in bounds"));
+                let client = EchoClient::new(channel);
+                Candidate(Box::new(Loaded { client, load }))
+            }
+        };
+        candidate.calls(4, 16).await;
+        candidate
+    }
+
     pub(crate) async fn connect(self, addresses: &[SocketAddr]) -> Candidate {
         let endpoint = |address: &SocketAddr| {
             Endpoint::from_shared(format!("http://{address}")).expect("a valid URI")
@@ -71,6 +117,7 @@ impl Kind {
                 let channel = managed(addresses, connector);
                 Candidate(Box::new(EchoClient::new(channel)))
             }
+            (Self::ManagedWith(_), _) => panic!("windows are for calls that carry much"),
             (Self::Channel, [only]) => {
                 let channel = endpoint(only).connect().await.expect("the server listens");
                 Candidate(Box::new(EchoClient::new(channel)))
@@ -94,6 +141,7 @@ impl fmt::Display for Kind {
             Self::Managed => "managed",
             Self::ManagedOver(1) => "managed, 1 connection",
             Self::ManagedOver(most) => return write!(f, "managed, {most} connections"),
+            Self::ManagedWith(kib) => return write!(f, "managed, windows of {kib} KiB"),
             Self::Channel => "tonic Channel",
             Self::Balance => "tonic balance_list",
             Self::RawH2 => "raw h2",
@@ -122,6 +170,70 @@ where
     async fn call(&mut self) {
         self.unary(message()).await.expect("the call is answered");
     }
+}
+
+impl Load {
+    /// How many bytes that is, both ways together.
+    pub(crate) fn bytes(self) -> usize {
+        match self {
+            Self::Unary(size) => 2 * size,
+            Self::Download(count, size) => count as usize * size as usize,
+            Self::Upload(count, size) => count as usize * size,
+        }
+    }
+}
+
+impl<T> Caller for Loaded<T>
+where
+    T: GrpcService<tonic::body::Body> + Clone + Send + Sync + 'static,
+    T::Future: Send,
+    T::Error: Into<StdError>,
+    T::ResponseBody: Body<Data = Bytes> + Send + 'static,
+    <T::ResponseBody as Body>::Error: Into<StdError> + Send,
+{
+    async fn call(&mut self) {
+        match self.load {
+            Load::Unary(size) => {
+                let payload = payload(size);
+                let request = EchoRequest {
+                    payload,
+                    ..EchoRequest::default()
+                };
+                self.client.unary(request).await.expect("it is answered");
+            }
+            Load::Download(count, size) => {
+                let request = EchoRequest {
+                    count,
+                    size,
+                    ..EchoRequest::default()
+                };
+                let answer = self.client.download(request).await;
+                let mut answers = answer.expect("it is answered").into_inner();
+                let mut messages = 0;
+                while answers.message().await.expect("it goes on").is_some() {
+                    messages += 1;
+                }
+                assert_eq!(messages, count);
+            }
+            Load::Upload(count, size) => {
+                let request = EchoRequest {
+                    payload: payload(size),
+                    ..EchoRequest::default()
+                };
+                let requests = (0..count).map(move |_| request.clone());
+                let answer = self.client.upload(tokio_stream::iter(requests)).await;
+                let answer = answer.expect("it is answered").into_inner();
+                assert_eq!(answer.messages, count);
+            }
+        }
+    }
+}
+
+/// Shared: to make it is not what is measured.
+fn payload(size: usize) -> Bytes {
+    static ONES: OnceLock<Bytes> = OnceLock::new();
+    let ones = ONES.get_or_init(|| vec![1; 4 << 20].into());
+    ones.slice(..size)
 }
 
 // === impl Candidate ===

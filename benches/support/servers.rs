@@ -105,7 +105,7 @@ async fn serve(count: usize) {
     while servers.join_next().await.is_some() {}
 }
 
-/// Answers unary calls with their payload; the benches make no others.
+/// Answers unary calls with their payload, and streams as they ask to.
 struct Answering;
 
 type Answers = Pin<Box<dyn Stream<Item = Result<EchoResponse, Status>> + Send>>;
@@ -124,13 +124,25 @@ impl Echo for Answering {
 
     async fn upload(
         &self,
-        _: Request<Streaming<EchoRequest>>,
+        request: Request<Streaming<EchoRequest>>,
     ) -> Result<Response<EchoResponse>, Status> {
-        Err(Status::unimplemented("benches do not upload"))
+        let mut requests = request.into_inner();
+        let mut answer = EchoResponse::default();
+        while let Some(request) = requests.message().await? {
+            answer.messages += 1;
+            answer.bytes += request.payload.len() as u64;
+        }
+        Ok(Response::new(answer))
     }
 
-    async fn download(&self, _: Request<EchoRequest>) -> Result<Response<Answers>, Status> {
-        Err(Status::unimplemented("benches do not download"))
+    async fn download(&self, request: Request<EchoRequest>) -> Result<Response<Answers>, Status> {
+        let EchoRequest { count, size, .. } = request.into_inner();
+        let answer = EchoResponse {
+            payload: vec![7; size as usize].into(),
+            ..EchoResponse::default()
+        };
+        let answers = (0..count).map(move |_| Ok(answer.clone()));
+        Ok(Response::new(Box::pin(tokio_stream::iter(answers))))
     }
 
     async fn chat(&self, _: Request<Streaming<EchoRequest>>) -> Result<Response<Answers>, Status> {
