@@ -10,7 +10,7 @@ use std::{
         Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use bytes::Bytes;
@@ -107,12 +107,10 @@ where
 {
     async fn rest(&mut self) {
         while !self.finished {
-            let next = poll_fn(|cx| {
-                if self.poll_reset(cx).is_ready() {
-                    return Poll::Ready(Err(Over));
-                }
-                let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
-                Poll::Ready(Ok(frame.map(|frame| frame.map_err(Into::into))))
+            let next = poll_fn(|cx| match Pin::new(&mut self.body).poll_frame(cx) {
+                Poll::Ready(frame) => Poll::Ready(Ok(frame.map(|frame| frame.map_err(Into::into)))),
+                // Only who waits has to look: sending tells as well.
+                Poll::Pending => self.poll_reset(cx).map(|()| Err(Over)),
             });
             match next.await {
                 Err(Over) => self.finished = true,
@@ -152,32 +150,34 @@ where
     }
 
     async fn send_data(&mut self, mut data: Bytes) -> Result<(), Over> {
+        let mut left = 0;
         while !data.is_empty() {
             self.stream()?.reserve_capacity(data.len());
             let room = poll_fn(|cx| self.poll_room(cx)).await?;
             let part = data.split_to(room.min(data.len()));
+            left = room - part.len();
             self.stream()?.send_data(part, false).map_err(|_| Over)?;
         }
-        // What is reserved and not used would be withheld from other streams.
-        self.stream()?.reserve_capacity(0);
+        if left > 0 {
+            // What is reserved and not used would be withheld from other streams.
+            self.stream()?.reserve_capacity(0);
+        }
         Ok(())
     }
 
     fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, Over>> {
         loop {
-            if self.poll_reset(cx).is_ready() {
-                return Poll::Ready(Err(Over));
-            }
             let stream = self.stream()?;
             // What is left of an earlier grant is not announced again.
             match stream.capacity() {
                 0 => {}
                 room => return Poll::Ready(Ok(room)),
             }
-            match ready!(stream.poll_capacity(cx)) {
-                Some(Ok(0)) => {}
-                Some(Ok(room)) => return Poll::Ready(Ok(room)),
-                Some(Err(_)) | None => return Poll::Ready(Err(Over)),
+            match stream.poll_capacity(cx) {
+                Poll::Ready(Some(Ok(0))) => {}
+                Poll::Ready(Some(Ok(room))) => return Poll::Ready(Ok(room)),
+                Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(Err(Over)),
+                Poll::Pending => return self.poll_reset(cx).map(|()| Err(Over)),
             }
         }
     }
