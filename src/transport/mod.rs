@@ -31,28 +31,31 @@ mod tls;
 
 use std::{sync::Arc, time::Duration};
 
-use http::{
-    HeaderMap, HeaderValue,
-    uri::{Authority, Scheme},
-};
+use http::{HeaderMap, HeaderValue, uri::Scheme};
 
 #[cfg(feature = "health")]
 pub use self::health::HealthCheck;
 #[cfg(feature = "tls")]
 pub use self::tls::TlsConfig;
 pub use self::{body::Body, connection::Connection, request::ResponseFuture, several::Connections};
-use self::{common::Common, polite::Polite, several::Size};
+use self::{common::Common, dial::Dialer, polite::Polite, several::Size};
 use crate::{
     backoff::check_duration,
     endpoint::{BoxFuture, Connect, Connected, Target},
     error::{BoxError, Error},
 };
 
-/// Makes HTTP/2 connections over TCP: in plaintext, or by `Connector::tls` (feature `tls`) over TLS.
+/// Makes HTTP/2 connections, over TCP or a Unix domain socket: in plaintext, or by `Connector::tls` (feature `tls`) over
+/// TLS.
 ///
-/// A target's address is `host:port`; a name that resolves to several addresses is tried at all of them,
-/// 250 ms apart, IPv6 and IPv4 in turn ([RFC 8305](https://www.rfc-editor.org/rfc/rfc8305)). `TCP_NODELAY` is
-/// always set. A connection counts as made when the peer has answered a first HTTP/2 ping: a port that
+/// A target's address is one of these, as gRPC writes them:
+/// - `host:port`: each attempt resolves a name anew; if it has several addresses, all are tried, 250 ms apart, IPv6
+///   and IPv4 in turn ([RFC 8305](https://www.rfc-editor.org/rfc/rfc8305)). `TCP_NODELAY` is always set.
+/// - `unix:path` or `unix:///absolute/path`: a Unix domain socket, on platforms that have them. The path is 1 to 107
+///   bytes, and relative to the directory that the process is in unless it begins with a slash.
+/// - `unix-abstract:name`: one on Linux that is in no file system.
+///
+/// The `:authority` of calls is `host:port`, or `localhost` over a Unix domain socket. A connection counts as made when the peer has answered a first HTTP/2 ping: a port that
 /// accepts and says nothing is not a server.
 ///
 /// A connection to a [`Target`] adds that target's [`call_metadata`](Target::call_metadata) to each request. One that
@@ -80,6 +83,7 @@ pub struct Connector {
     pub(crate) connection_window: u32,
     pub(crate) user_agent: HeaderValue,
     pub(crate) max_header_list_size: usize,
+    dialer: Dialer,
     polite: Polite,
     size: Size,
     #[cfg(feature = "health")]
@@ -105,6 +109,7 @@ impl Connector {
                 env!("CARGO_PKG_VERSION")
             )),
             max_header_list_size: 64 << 10,
+            dialer: Dialer,
             polite: Polite::default(),
             size: Size {
                 most: 4,
@@ -279,12 +284,12 @@ impl Connector {
         Ok(self)
     }
 
-    /// Connects to `host:port`.
+    /// Connects to `host:port`, `unix:path`, `unix:///absolute/path` or `unix-abstract:name`.
     ///
     /// # Errors
     ///
-    /// [`Kind::Invalid`](crate::Kind::Invalid) if the address is not `host:port`, or with TLS its host cannot
-    /// be a server's name; [`Kind::ConnectionLost`](crate::Kind::ConnectionLost) if nobody could be reached
+    /// [`Kind::Invalid`](crate::Kind::Invalid) if the address is none of these or not to be had on this platform, or
+    /// with TLS its host cannot be a server's name; [`Kind::ConnectionLost`](crate::Kind::ConnectionLost) if nobody could be reached
     /// there, or whoever was does not speak HTTP/2, or one side did not believe the other. The message says
     /// which step failed: the name, the connection (in the words of the system, such as "connection
     /// refused"), the TLS handshake, or the HTTP/2 handshake. It has no time limit of its own.
@@ -293,23 +298,26 @@ impl Connector {
     ///
     /// Dropping the future closes what was opened.
     pub async fn connect_to(&self, address: &str) -> Result<Connection, Error> {
-        let common = Common::new(authority_of(address)?, HeaderMap::new(), self);
-        let connection = self.open(address, &Arc::new(common)).await?;
+        let to = self.dialer.destination(address)?;
+        let common = Common::new(to, HeaderMap::new(), self);
+        let connection = self.open(&Arc::new(common)).await?;
         connection.core.common.seal();
         Ok(connection)
     }
 
     /// The same as one of several. Dropping the future closes what was opened.
-    async fn open(&self, address: &str, common: &Arc<Common>) -> Result<Connection, Error> {
+    async fn open(&self, common: &Arc<Common>) -> Result<Connection, Error> {
         #[cfg(feature = "tls")]
         if let Some(tls) = &self.tls {
-            let name = tls.name_of(&common.authority)?;
-            let io = tls.handshake(dial::dial(address).await?, name).await?;
+            let name = tls.name_of(&common.to.authority)?;
+            let io = tls
+                .handshake(self.dialer.dial(&common.to).await?, name)
+                .await?;
             let refusal = io.refusal();
             let connected = Connection::handshake(io, common, self).await;
             return connected.map_err(|error| refusal.or(error));
         }
-        let io = dial::dial(address).await?;
+        let io = self.dialer.dial(&common.to).await?;
         Connection::handshake(io, common, self).await
     }
 
@@ -338,8 +346,8 @@ impl<T: Target> Connect<T> for Connector {
         Box::pin(async move {
             #[cfg(feature = "health")]
             let health_of = this.health.service_of(&peer);
-            let authority = authority_of(&peer.address)?;
-            let connections = Connections::open(this, &peer.address, authority, identity).await?;
+            let to = this.dialer.destination(&peer.address)?;
+            let connections = Connections::open(this, to, identity).await?;
             let lifeline = connections.lifeline();
             #[cfg(feature = "health")]
             if let Some(service) = health_of {
@@ -350,9 +358,4 @@ impl<T: Target> Connect<T> for Connector {
             Ok(Connected::new(connections).with_lifeline(lifeline))
         })
     }
-}
-
-fn authority_of(address: &str) -> Result<Authority, Error> {
-    let authority = address.parse();
-    authority.map_err(|_| Error::invalid("address", format!("{address:?} is not host:port")))
 }

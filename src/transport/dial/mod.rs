@@ -1,0 +1,137 @@
+//! From an address to a byte stream: over TCP, or over a Unix domain socket.
+
+mod stream;
+mod tcp;
+mod unix;
+
+use std::{net::SocketAddr, sync::Arc};
+
+use http::uri::Authority;
+
+pub(super) use self::stream::Stream;
+use crate::{
+    address::{Address, HostPort},
+    error::{BoxError, Error, Kind},
+};
+
+/// The `:authority` where the address names no host, as in gRPC's other clients.
+const LOCALHOST: &str = "localhost";
+
+/// How a connector comes from an address to a stream, and what it calls the peer.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Dialer;
+
+/// Where a peer is, and what it is called: an address, taken apart once for all attempts.
+#[derive(Clone, Debug)]
+pub(super) struct Destination {
+    pub(super) address: Arc<str>,
+    /// That of all calls and, unless TLS was given another, the name to prove.
+    pub(super) authority: Authority,
+    to: To,
+}
+
+#[derive(Clone, Debug)]
+enum To {
+    Literal(SocketAddr),
+    /// Resolved anew by each attempt.
+    Name(Box<str>, u16),
+    /// The path of a Unix domain socket; a zero byte and its name if it is abstract.
+    Local(Box<str>),
+}
+
+// === impl Dialer ===
+
+impl Dialer {
+    /// Takes an address apart.
+    pub(super) fn destination(&self, address: &str) -> Result<Destination, Error> {
+        let parsed = Address::parse(address)?;
+        parsed.check_platform(address, cfg!(unix), unix::HAS_ABSTRACT)?;
+        let (to, authority) = match parsed {
+            Address::HostPort(at) => (To::host(at), authority_of(address, at)?),
+            Address::Unix(path) => (To::Local(path.into()), Authority::from_static(LOCALHOST)),
+            Address::Abstract(name) => (
+                To::Local(format!("\0{name}").into()),
+                Authority::from_static(LOCALHOST),
+            ),
+        };
+        Ok(Destination {
+            address: address.into(),
+            authority,
+            to,
+        })
+    }
+
+    /// One attempt. Dropping the future closes what was opened.
+    pub(super) async fn dial(&self, destination: &Destination) -> Result<Stream, Error> {
+        match &destination.to {
+            To::Literal(address) => tcp::connect_to_any(vec![*address]).await.map(Stream::Tcp),
+            To::Name(host, port) => {
+                let found = self.resolve(host, *port).await?;
+                tcp::connect_to_any(found).await.map(Stream::Tcp)
+            }
+            To::Local(path) => unix::connect(path).await,
+        }
+    }
+
+    async fn resolve(&self, host: &str, port: u16) -> Result<Vec<SocketAddr>, Error> {
+        let found = tokio::net::lookup_host((host, port)).await;
+        let found = found.map_err(|error| lost("the name was not resolved", error))?;
+        Ok(found.collect())
+    }
+}
+
+// === impl To ===
+
+impl To {
+    fn host(at: HostPort<'_>) -> Self {
+        match at.literal() {
+            Some(address) => Self::Literal(address),
+            None => Self::Name(at.host.into(), at.port),
+        }
+    }
+}
+
+/// The address itself; without the scope of an IPv6 address, which means something on this machine alone (RFC 6874, 4).
+fn authority_of(address: &str, at: HostPort<'_>) -> Result<Authority, Error> {
+    let authority = match at.host.split_once('%') {
+        Some((ip, _scope)) => format!("[{ip}]:{}", at.port).parse(),
+        None => address.parse(),
+    };
+    authority.map_err(|_| Error::invalid("address", format!("{address:?} is not host:port")))
+}
+
+fn lost(step: &'static str, why: impl Into<BoxError>) -> Error {
+    Error::new(Kind::ConnectionLost)
+        .with_reason(step)
+        .with_source(why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_is_called_by_its_address_or_localhost() {
+        let dialer = Dialer;
+        let authority = |dialer: &Dialer, address: &str| {
+            let found = dialer.destination(address);
+            found.map(|found| found.authority.to_string())
+        };
+        let unix: &[_] = match cfg!(target_os = "linux") {
+            true => &[("unix:a", "localhost"), ("unix-abstract:a", "localhost")],
+            false => &[],
+        };
+        let tcp = [
+            ("h:1", "h:1"),
+            ("[::1]:1", "[::1]:1"),
+            ("[fe80::1%3]:1", "[fe80::1]:1"),
+        ];
+        for (address, expected) in tcp.iter().chain(unix) {
+            assert_eq!(authority(&dialer, address).unwrap(), *expected);
+        }
+        assert_eq!(
+            authority(&dialer, "vsock").unwrap_err().kind(),
+            Kind::Invalid
+        );
+    }
+}
