@@ -19,16 +19,19 @@ use support::{
     },
 };
 use switchboard::{
-    Channel, ConnectionManager, MemoryRegistry, Session,
+    Channel, ConnectionManager, Kind, MemoryRegistry, Session,
     registry::Registration,
     transport::{Connector, TlsConfig},
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::UnixListener,
+    net::{TcpListener, UnixListener},
     runtime::Runtime,
 };
-use tokio_stream::{Stream, wrappers::UnixListenerStream};
+use tokio_stream::{
+    Stream,
+    wrappers::{TcpListenerStream, UnixListenerStream},
+};
 use tonic::transport::{Identity, Server, ServerTlsConfig, server::Connected};
 use tower::util::MapRequestLayer;
 
@@ -153,6 +156,12 @@ fn listening(path: impl AsRef<std::path::Path>) -> UnixListenerStream {
     UnixListenerStream::new(UnixListener::bind(path).unwrap())
 }
 
+async fn listening_at_a_port() -> (TcpListenerStream, String) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    (TcpListenerStream::new(listener), address)
+}
+
 fn trusting(ca: &Ca) -> TlsConfig {
     TlsConfig::new().ca_pem(ca.pem().as_bytes()).unwrap()
 }
@@ -224,4 +233,68 @@ async fn a_server_that_listens_again_at_its_path_is_called_again() {
     let second = Echo::over(listening(&path.0), None);
     support::eventually_async("it is called", || async { client.call().await.is_ok() }).await;
     assert!(!second.authorities().is_empty());
+}
+
+#[tokio::test]
+async fn the_authority_that_is_asked_for_is_that_of_all_calls_and_the_name_to_prove() {
+    // Given servers that are for a name, one at a port and one at a path, neither of which says so,
+    let ca = Ca::new("ca");
+    let path = SocketPath::new();
+    let (listener, tcp) = listening_at_a_port().await;
+    for (address, server) in [
+        (
+            tcp,
+            Echo::over(listener, Some(presenting(&ca, "etcd.internal"))),
+        ),
+        (
+            path.address(),
+            Echo::over(listening(&path.0), Some(presenting(&ca, "etcd.internal"))),
+        ),
+    ] {
+        // When they are called by that name, with and without a port,
+        for name in ["etcd.internal:2379", "etcd.internal"] {
+            let connector = Connector::new().tls(trusting(&ca)).unwrap();
+            let connector = connector.authority(name).unwrap();
+            let client = Client::of(&address, connector).await;
+            client.call().await.unwrap();
+        }
+
+        // Then they have proved it, and see it.
+        assert_eq!(
+            server.authorities(),
+            ["etcd.internal:2379", "etcd.internal"]
+        );
+
+        // And the name to prove may be yet another than the authority.
+        let connector = |server_name: &str, authority: &str| {
+            let config = trusting(&ca).server_name(server_name).unwrap();
+            let connector = Connector::new().authority(authority).unwrap();
+            connector.tls(config).unwrap()
+        };
+        let client = Client::of(&address, connector("etcd.internal", "front")).await;
+        client.call().await.unwrap();
+        assert_eq!(server.authorities().last().unwrap(), "front");
+        let connector = connector("front", "etcd.internal");
+        let error = connector.connect_to(&address).await.unwrap_err();
+        assert!(
+            error.to_string().contains("not valid for name \"front\""),
+            "{error}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn the_authority_is_seen_in_plaintext_too() {
+    let (listener, address) = listening_at_a_port().await;
+    let server = Echo::over(listener, None);
+    for (connector, expected) in [
+        (Connector::new(), &*address),
+        (Connector::new().authority("[::1]:7").unwrap(), "[::1]:7"),
+    ] {
+        let client = Client::of(&address, connector).await;
+        client.call().await.unwrap();
+        assert_eq!(server.authorities().last().unwrap(), expected);
+    }
+    let error = Connector::new().authority("http://h").unwrap_err();
+    assert_eq!(error.kind(), Kind::Invalid);
 }

@@ -55,7 +55,8 @@ use crate::{
 ///   bytes, and relative to the directory that the process is in unless it begins with a slash.
 /// - `unix-abstract:name`: one on Linux that is in no file system.
 ///
-/// The `:authority` of calls is `host:port`, or `localhost` over a Unix domain socket. A connection counts as made when the peer has answered a first HTTP/2 ping: a port that
+/// The `:authority` of calls is `host:port`, or `localhost` over a Unix domain socket,
+/// unless [`Connector::authority`] says another. A connection counts as made when the peer has answered a first HTTP/2 ping: a port that
 /// accepts and says nothing is not a server.
 ///
 /// A connection to a [`Target`] adds that target's [`call_metadata`](Target::call_metadata) to each request. One that
@@ -109,7 +110,7 @@ impl Connector {
                 env!("CARGO_PKG_VERSION")
             )),
             max_header_list_size: 64 << 10,
-            dialer: Dialer,
+            dialer: Dialer::default(),
             polite: Polite::default(),
             size: Size {
                 most: 4,
@@ -267,6 +268,22 @@ impl Connector {
     pub fn user_agent(mut self, agent: &str) -> Result<Self, Error> {
         self.user_agent = HeaderValue::from_str(agent)
             .map_err(|_| Error::invalid("user agent", format!("{agent:?} is not visible ASCII")))?;
+        Ok(self)
+    }
+
+    /// The `:authority` of all calls, whatever the address: a DNS name, an IPv4 address or an IPv6 address in brackets, and
+    /// a port of 1 to 65535 or none. With TLS its host is also the name that servers have to prove, and that they are
+    /// asked for (SNI), unless `TlsConfig::server_name` says another. Default: the address; `localhost` over a Unix
+    /// domain socket.
+    ///
+    /// It changes nothing about where is dialled. It is for peers that are reached by addresses which are not their names:
+    /// behind a proxy that looks at the authority, or with a certificate for the name of a service.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) if it is none of these.
+    pub fn authority(mut self, name: &str) -> Result<Self, Error> {
+        self.dialer.set_authority(name)?;
         Ok(self)
     }
 

@@ -19,7 +19,9 @@ const LOCALHOST: &str = "localhost";
 
 /// How a connector comes from an address to a stream, and what it calls the peer.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Dialer;
+pub(super) struct Dialer {
+    authority: Option<Authority>,
+}
 
 /// Where a peer is, and what it is called: an address, taken apart once for all attempts.
 #[derive(Clone, Debug)]
@@ -42,11 +44,27 @@ enum To {
 // === impl Dialer ===
 
 impl Dialer {
+    /// Calls all peers this: a name with or without a port.
+    pub(super) fn set_authority(&mut self, name: &str) -> Result<(), Error> {
+        let is_host = |text: &str| HostPort::parse(text).is_ok();
+        let authority = match is_host(name) || is_host(&format!("{name}:1")) {
+            true => name.parse().ok(),
+            false => None,
+        };
+        self.authority = Some(authority.ok_or_else(|| {
+            let why = format!(
+                "{name:?} is not name or name:port; write a DNS name, an IPv4 address or an [IPv6] address, and a port of 1 to 65535 or none"
+            );
+            Error::invalid("authority", why)
+        })?);
+        Ok(())
+    }
+
     /// Takes an address apart.
     pub(super) fn destination(&self, address: &str) -> Result<Destination, Error> {
         let parsed = Address::parse(address)?;
         parsed.check_platform(address, cfg!(unix), unix::HAS_ABSTRACT)?;
-        let (to, authority) = match parsed {
+        let (to, known_as) = match parsed {
             Address::HostPort(at) => (To::host(at), authority_of(address, at)?),
             Address::Unix(path) => (To::Local(path.into()), Authority::from_static(LOCALHOST)),
             Address::Abstract(name) => (
@@ -56,7 +74,7 @@ impl Dialer {
         };
         Ok(Destination {
             address: address.into(),
-            authority,
+            authority: self.authority.clone().unwrap_or(known_as),
             to,
         })
     }
@@ -111,8 +129,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_peer_is_called_by_its_address_or_localhost() {
-        let dialer = Dialer;
+    fn a_peer_is_called_by_its_address_or_localhost_or_what_is_asked_for() {
+        let mut dialer = Dialer::default();
         let authority = |dialer: &Dialer, address: &str| {
             let found = dialer.destination(address);
             found.map(|found| found.authority.to_string())
@@ -133,5 +151,19 @@ mod tests {
             authority(&dialer, "vsock").unwrap_err().kind(),
             Kind::Invalid
         );
+
+        for name in ["etcd.internal", "etcd.internal:2379", "10.0.0.5", "[::1]:1"] {
+            dialer.set_authority(name).unwrap();
+            for address in ["h:1", "[::1]:1"] {
+                assert_eq!(authority(&dialer, address).unwrap(), name);
+            }
+        }
+        for name in [
+            "", "a b", "a:", "a:0", "u@a", "http://a", "::1", "a/b", ":1",
+        ] {
+            let error = dialer.set_authority(name).unwrap_err();
+            assert_eq!(error.kind(), Kind::Invalid);
+            assert!(error.to_string().contains("name:port"), "{error}");
+        }
     }
 }

@@ -103,7 +103,7 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         drop(listener);
-        let dialer = Dialer;
+        let dialer = Dialer::default();
         let dial = async |address: &str| {
             let destination = dialer.destination(address).unwrap();
             dialer.dial(&destination).await.unwrap_err()
