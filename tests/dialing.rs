@@ -4,6 +4,7 @@
 mod support;
 
 use std::{
+    net::SocketAddr,
     path::PathBuf,
     sync::{
         Arc, Mutex,
@@ -14,7 +15,7 @@ use std::{
 use support::{
     certificates::Ca,
     server::{
-        Seen,
+        EchoServer, Seen,
         pb::{EchoRequest, echo_client::EchoClient},
     },
 };
@@ -297,4 +298,55 @@ async fn the_authority_is_seen_in_plaintext_too() {
     }
     let error = Connector::new().authority("http://h").unwrap_err();
     assert_eq!(error.kind(), Kind::Invalid);
+}
+
+#[tokio::test]
+async fn of_a_names_addresses_one_that_refuses_is_passed_by() {
+    // Given a name of two addresses, of which one refuses, at other ports than that of the name,
+    let live = EchoServer::start("live");
+    let refuses = SocketAddr::from(([127, 0, 0, 1], support::etcd::free_port()));
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let (seen, found) = (asked.clone(), vec![refuses, live.address]);
+    let connector = Connector::new().resolver(move |host, port| {
+        seen.lock().unwrap().push((host, port));
+        let found = found.clone();
+        async move { Ok(found) }
+    });
+
+    // When it is called, then the other answers, and the question was the name and its port.
+    let client = Client::of("rootcoord.internal:53100", connector.clone()).await;
+    assert_eq!(client.call().await.unwrap(), "live");
+    let expected = ("rootcoord.internal".to_owned(), 53100);
+    assert_eq!(*asked.lock().unwrap(), [expected]);
+
+    // And an address that is no name is not asked about.
+    let client = Client::of(&live.address(), connector).await;
+    client.call().await.unwrap();
+    assert_eq!(asked.lock().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_name_that_moves_is_found_again_without_a_word_of_the_registry() {
+    // Given a name that leads to one server, and is called,
+    let mut first = EchoServer::start("first");
+    let second = EchoServer::start("second");
+    let leads_to = Arc::new(Mutex::new(first.address));
+    let now = leads_to.clone();
+    let connector = Connector::new().resolver(move |_host, _port| {
+        let address = *now.lock().unwrap();
+        async move { Ok(vec![address]) }
+    });
+    let client = Client::of("rootcoord:53100", connector).await;
+    assert_eq!(client.call().await.unwrap(), "first");
+
+    // When it leads to another, then it goes on as it is,
+    *leads_to.lock().unwrap() = second.address;
+    assert_eq!(client.call().await.unwrap(), "first");
+
+    // And when the first is killed, calls find the other.
+    first.killed().await;
+    support::eventually_async("the other is called", || async {
+        client.call().await.is_ok_and(|server| server == "second")
+    })
+    .await;
 }

@@ -29,7 +29,7 @@ mod socket;
 #[cfg(feature = "tls")]
 mod tls;
 
-use std::{sync::Arc, time::Duration};
+use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{HeaderMap, HeaderValue, uri::Scheme};
 
@@ -49,7 +49,7 @@ use crate::{
 /// TLS.
 ///
 /// A target's address is one of these, as gRPC writes them:
-/// - `host:port`: each attempt resolves a name anew; if it has several addresses, all are tried, 250 ms apart, IPv6
+/// - `host:port`: each attempt resolves a name anew ([`Connector::resolver`]); if it has several addresses, all are tried, 250 ms apart, IPv6
 ///   and IPv4 in turn ([RFC 8305](https://www.rfc-editor.org/rfc/rfc8305)). `TCP_NODELAY` is always set.
 /// - `unix:path` or `unix:///absolute/path`: a Unix domain socket, on platforms that have them. The path is 1 to 107
 ///   bytes, and relative to the directory that the process is in unless it begins with a slash.
@@ -285,6 +285,33 @@ impl Connector {
     pub fn authority(mut self, name: &str) -> Result<Self, Error> {
         self.dialer.set_authority(name)?;
         Ok(self)
+    }
+
+    /// How names become addresses: by this, which is given the host and the port of `host:port`, and tells where to dial, the
+    /// port included. Default: the system's resolver.
+    ///
+    /// It is asked anew by each attempt, within the attempt's time, and all that it tells is tried as if the system had
+    /// told it. An IP address is not asked about. If it fails, so does the attempt, with its error as the source; a panic is a failure too.
+    ///
+    /// ```
+    /// use std::net::{Ipv4Addr, SocketAddr};
+    /// use switchboard::transport::Connector;
+    ///
+    /// let connector = Connector::new().resolver(|host, port| async move {
+    ///     match host.as_str() {
+    ///         "rootcoord" => Ok(vec![SocketAddr::from((Ipv4Addr::LOCALHOST, port))]),
+    ///         _ => Ok(tokio::net::lookup_host((host, port)).await?.collect()),
+    ///     }
+    /// });
+    /// ```
+    #[must_use]
+    pub fn resolver<R, F>(mut self, resolver: R) -> Self
+    where
+        R: Fn(String, u16) -> F + Send + Sync + 'static,
+        F: Future<Output = io::Result<Vec<SocketAddr>>> + Send + 'static,
+    {
+        self.dialer.set_resolver(resolver);
+        self
     }
 
     /// Speaks TLS, and only TLS, and gives calls the scheme `https`. Default is plaintext.

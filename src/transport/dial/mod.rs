@@ -4,13 +4,15 @@ mod stream;
 mod tcp;
 mod unix;
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{any::Any, fmt, future::Future, io, net::SocketAddr, panic::AssertUnwindSafe, sync::Arc};
 
+use futures_util::FutureExt as _;
 use http::uri::Authority;
 
 pub(super) use self::stream::Stream;
 use crate::{
     address::{Address, HostPort},
+    endpoint::BoxFuture,
     error::{BoxError, Error, Kind},
 };
 
@@ -18,10 +20,14 @@ use crate::{
 const LOCALHOST: &str = "localhost";
 
 /// How a connector comes from an address to a stream, and what it calls the peer.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub(super) struct Dialer {
     authority: Option<Authority>,
+    resolver: Option<Arc<Resolver>>,
 }
+
+type Resolver =
+    dyn Fn(String, u16) -> BoxFuture<'static, io::Result<Vec<SocketAddr>>> + Send + Sync;
 
 /// Where a peer is, and what it is called: an address, taken apart once for all attempts.
 #[derive(Clone, Debug)]
@@ -60,6 +66,14 @@ impl Dialer {
         Ok(())
     }
 
+    pub(super) fn set_resolver<R, F>(&mut self, resolver: R)
+    where
+        R: Fn(String, u16) -> F + Send + Sync + 'static,
+        F: Future<Output = io::Result<Vec<SocketAddr>>> + Send + 'static,
+    {
+        self.resolver = Some(Arc::new(move |host, port| Box::pin(resolver(host, port))));
+    }
+
     /// Takes an address apart.
     pub(super) fn destination(&self, address: &str) -> Result<Destination, Error> {
         let parsed = Address::parse(address)?;
@@ -92,9 +106,25 @@ impl Dialer {
     }
 
     async fn resolve(&self, host: &str, port: u16) -> Result<Vec<SocketAddr>, Error> {
-        let found = tokio::net::lookup_host((host, port)).await;
-        let found = found.map_err(|error| lost("the name was not resolved", error))?;
-        Ok(found.collect())
+        let found = match &self.resolver {
+            None => tokio::net::lookup_host((host, port))
+                .await
+                .map(Iterator::collect),
+            Some(resolver) => match guarded(|| resolver(host.to_owned(), port)).await {
+                Ok(found) => found,
+                Err(panic) => return Err(lost("the resolver panicked", panic)),
+            },
+        };
+        found.map_err(|error| lost("the name was not resolved", error))
+    }
+}
+
+impl fmt::Debug for Dialer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dialer")
+            .field("authority", &self.authority)
+            .field("resolver", &self.resolver.is_some())
+            .finish()
     }
 }
 
@@ -116,6 +146,21 @@ fn authority_of(address: &str, at: HostPort<'_>) -> Result<Authority, Error> {
         None => address.parse(),
     };
     authority.map_err(|_| Error::invalid("address", format!("{address:?} is not host:port")))
+}
+
+/// What a program's own closure comes to, or the words of its panic.
+async fn guarded<T>(call: impl FnOnce() -> BoxFuture<'static, T>) -> Result<T, BoxError> {
+    // Inside the future, so that one that panics before its first await is caught too.
+    let call = AssertUnwindSafe(async { call().await }).catch_unwind();
+    call.await.map_err(|panic| words(&*panic).into())
+}
+
+fn words(panic: &(dyn Any + Send)) -> &str {
+    match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
+        (Some(words), _) => words,
+        (_, Some(words)) => words,
+        _ => "it said nothing that is text",
+    }
 }
 
 fn lost(step: &'static str, why: impl Into<BoxError>) -> Error {
