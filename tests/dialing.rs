@@ -4,8 +4,11 @@
 mod support;
 
 use std::{
+    future::Future,
+    io,
     net::SocketAddr,
     path::PathBuf,
+    pin::Pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering::SeqCst},
@@ -21,19 +24,24 @@ use support::{
 };
 use switchboard::{
     Channel, ConnectionManager, Kind, MemoryRegistry, Session,
+    endpoint::BoxError,
     registry::Registration,
     transport::{Connector, TlsConfig},
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
+    io::{AsyncRead, AsyncWrite, DuplexStream},
     net::{TcpListener, UnixListener},
     runtime::Runtime,
+    sync::mpsc,
 };
 use tokio_stream::{
-    Stream,
-    wrappers::{TcpListenerStream, UnixListenerStream},
+    Stream, StreamExt as _,
+    wrappers::{TcpListenerStream, UnboundedReceiverStream, UnixListenerStream},
 };
-use tonic::transport::{Identity, Server, ServerTlsConfig, server::Connected};
+use tonic::{
+    Code,
+    transport::{Identity, Server, ServerTlsConfig, server::Connected},
+};
 use tower::util::MapRequestLayer;
 
 /// A tonic server over any streams, on a runtime of its own; dropping it kills it, with its connections.
@@ -349,4 +357,92 @@ async fn a_name_that_moves_is_found_again_without_a_word_of_the_registry() {
         client.call().await.is_ok_and(|server| server == "second")
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_stream_of_ones_own_carries_http2_and_tls() {
+    let ca = Ca::new("ca");
+    for tls in [false, true] {
+        // Given a server over streams in memory, and a dialer that makes them,
+        let (streams, incoming) = mpsc::unbounded_channel();
+        let incoming = UnboundedReceiverStream::new(incoming).map(Ok);
+        let server = Echo::over(incoming, tls.then(|| presenting(&ca, "querynode")));
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let seen = asked.clone();
+        let connector = Connector::new().dial_with(move |address| {
+            seen.lock().unwrap().push(address);
+            let streams = streams.clone();
+            async move {
+                let (ours, theirs) = tokio::io::duplex(64 << 10);
+                streams.send(theirs)?;
+                Ok(ours)
+            }
+        });
+        let connector = match tls {
+            true => connector.tls(trusting(&ca)).unwrap(),
+            false => connector,
+        };
+
+        // When a session's address is nowhere that could be dialled, then it is called all the same.
+        let client = Client::of("querynode:7", connector.clone()).await;
+        client.call().await.unwrap();
+        assert_eq!(*asked.lock().unwrap(), ["querynode:7"]);
+        assert_eq!(server.authorities(), ["querynode:7"]);
+
+        // And an address that none of us knows is the dialer's affair.
+        let connector = connector.authority("querynode").unwrap();
+        let connection = connector.connect_to("vsock://3/7").await.unwrap();
+        let request = EchoRequest::default();
+        EchoClient::new(connection).unary(request).await.unwrap();
+        assert_eq!(asked.lock().unwrap()[1], "vsock://3/7");
+        assert_eq!(server.authorities()[1], "querynode");
+    }
+}
+
+#[tokio::test]
+async fn a_dialer_that_fails_or_panics_costs_the_attempt_and_says_why() {
+    type Dialling = Pin<Box<dyn Future<Output = Result<DuplexStream, BoxError>> + Send>>;
+    let cases: [(fn() -> Dialling, &str); 3] = [
+        (
+            || Box::pin(async { Err(io::Error::other("the tunnel is down").into()) }),
+            "the dialer failed: the tunnel is down",
+        ),
+        (
+            || panic!("before it began"),
+            "the dialer panicked: before it began",
+        ),
+        (
+            || Box::pin(async { panic!("half way, at {}", 7) }),
+            "the dialer panicked: half way, at 7",
+        ),
+    ];
+    for (dial, expected) in cases {
+        let connector = Connector::new().dial_with(move |_| dial());
+        let error = connector.connect_to("h:1").await.unwrap_err();
+        assert_eq!(error.kind(), Kind::ConnectionLost);
+        assert_eq!(error.to_string(), format!("connection lost: {expected}"));
+
+        // Calls through a pool end with it, and the pool lives.
+        let client = Client::of("h:1", connector).await;
+        for _ in 0..2 {
+            let status = client.call().await.unwrap_err();
+            assert_eq!(status.code(), Code::Unavailable);
+            assert!(status.message().contains(expected), "{status:?}");
+        }
+    }
+
+    // The program's own error can be had from ours.
+    let connector = Connector::new().dial_with(|_| async {
+        let error = io::Error::new(io::ErrorKind::NetworkDown, "the tunnel is down");
+        Err::<DuplexStream, BoxError>(error.into())
+    });
+    let error = connector.connect_to("h:1").await.unwrap_err();
+    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(&error);
+    let found = loop {
+        match source.and_then(|source| source.downcast_ref::<io::Error>()) {
+            Some(found) => break found,
+            None => source = source.expect("it is a source").source(),
+        }
+    };
+    assert_eq!(found.kind(), io::ErrorKind::NetworkDown);
 }

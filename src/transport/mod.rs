@@ -32,6 +32,7 @@ mod tls;
 use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{HeaderMap, HeaderValue, uri::Scheme};
+use tokio::io::{AsyncRead, AsyncWrite};
 
 #[cfg(feature = "health")]
 pub use self::health::HealthCheck;
@@ -45,7 +46,7 @@ use crate::{
     error::{BoxError, Error},
 };
 
-/// Makes HTTP/2 connections, over TCP or a Unix domain socket: in plaintext, or by `Connector::tls` (feature `tls`) over
+/// Makes HTTP/2 connections, over TCP, a Unix domain socket or a stream of one's own: in plaintext, or by `Connector::tls` (feature `tls`) over
 /// TLS.
 ///
 /// A target's address is one of these, as gRPC writes them:
@@ -54,6 +55,7 @@ use crate::{
 /// - `unix:path` or `unix:///absolute/path`: a Unix domain socket, on platforms that have them. The path is 1 to 107
 ///   bytes, and relative to the directory that the process is in unless it begins with a slash.
 /// - `unix-abstract:name`: one on Linux that is in no file system.
+/// - With [`Connector::dial_with`], whatever that knows.
 ///
 /// The `:authority` of calls is `host:port`, or `localhost` over a Unix domain socket,
 /// unless [`Connector::authority`] says another. A connection counts as made when the peer has answered a first HTTP/2 ping: a port that
@@ -314,6 +316,41 @@ impl Connector {
         self
     }
 
+    /// Dials by this instead: it is given the address as it stands, whatever its form, and yields the byte stream that TLS, if
+    /// it is asked for, and HTTP/2 go over. For what we do not dial ourselves: vsock, SOCKS, pipes in memory, tests.
+    /// Default: TCP, or a Unix domain socket.
+    ///
+    /// It is called by each attempt, within the attempt's time, which drops its future. The resolver is not asked. The
+    /// `:authority` of calls, unless [`Connector::authority`] says another, is an address that is `host:port`, and
+    /// `localhost` for any other. If it fails, so does the attempt, with its error as the source; a panic is a failure too.
+    ///
+    /// Sessions in a registry have to have an address that `Session::validate` allows.
+    ///
+    /// ```
+    /// use switchboard::transport::Connector;
+    /// use tokio::io::DuplexStream;
+    ///
+    /// /// Hands the one end to a server, and returns the other.
+    /// async fn dial(address: String) -> std::io::Result<DuplexStream> {
+    ///     # let server = |_: String, _: DuplexStream| {};
+    ///     let (ours, theirs) = tokio::io::duplex(64 << 10);
+    ///     server(address, theirs);
+    ///     Ok(ours)
+    /// }
+    ///
+    /// let connector = Connector::new().dial_with(|address| async { Ok(dial(address).await?) });
+    /// ```
+    #[must_use]
+    pub fn dial_with<D, F, I>(mut self, dial: D) -> Self
+    where
+        D: Fn(String) -> F + Send + Sync + 'static,
+        F: Future<Output = Result<I, BoxError>> + Send + 'static,
+        I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        self.dialer.set_own(dial);
+        self
+    }
+
     /// Speaks TLS, and only TLS, and gives calls the scheme `https`. Default is plaintext.
     ///
     /// The handshake is part of the attempt and of its time. A server has to say that it speaks HTTP/2
@@ -328,7 +365,8 @@ impl Connector {
         Ok(self)
     }
 
-    /// Connects to `host:port`, `unix:path`, `unix:///absolute/path` or `unix-abstract:name`.
+    /// Connects to `host:port`, `unix:path`, `unix:///absolute/path` or `unix-abstract:name`, or to what
+    /// [`Connector::dial_with`] knows.
     ///
     /// # Errors
     ///
@@ -336,7 +374,7 @@ impl Connector {
     /// with TLS its host cannot be a server's name; [`Kind::ConnectionLost`](crate::Kind::ConnectionLost) if nobody could be reached
     /// there, or whoever was does not speak HTTP/2, or one side did not believe the other. The message says
     /// which step failed: the name, the connection (in the words of the system, such as "connection
-    /// refused"), the TLS handshake, or the HTTP/2 handshake. It has no time limit of its own.
+    /// refused"), the program's own resolver or dialer, the TLS handshake, or the HTTP/2 handshake. It has no time limit of its own.
     ///
     /// # Cancel safety
     ///

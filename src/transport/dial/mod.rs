@@ -1,4 +1,4 @@
-//! From an address to a byte stream: over TCP, or over a Unix domain socket.
+//! From an address to a byte stream: over TCP, over a Unix domain socket, or by a program's own means.
 
 mod stream;
 mod tcp;
@@ -8,6 +8,7 @@ use std::{any::Any, fmt, future::Future, io, net::SocketAddr, panic::AssertUnwin
 
 use futures_util::FutureExt as _;
 use http::uri::Authority;
+use tokio::io::{AsyncRead, AsyncWrite};
 
 pub(super) use self::stream::Stream;
 use crate::{
@@ -24,16 +25,19 @@ const LOCALHOST: &str = "localhost";
 pub(super) struct Dialer {
     authority: Option<Authority>,
     resolver: Option<Arc<Resolver>>,
+    own: Option<Arc<Own>>,
 }
 
 type Resolver =
     dyn Fn(String, u16) -> BoxFuture<'static, io::Result<Vec<SocketAddr>>> + Send + Sync;
 
+type Own = dyn Fn(String) -> BoxFuture<'static, Result<Stream, BoxError>> + Send + Sync;
+
 /// Where a peer is, and what it is called: an address, taken apart once for all attempts.
 #[derive(Clone, Debug)]
 pub(super) struct Destination {
     pub(super) address: Arc<str>,
-    /// That of all calls and, unless TLS was given another, the name to prove.
+    /// That of all calls and, unless another was given, the name to prove.
     pub(super) authority: Authority,
     to: To,
 }
@@ -45,6 +49,8 @@ enum To {
     Name(Box<str>, u16),
     /// The path of a Unix domain socket; a zero byte and its name if it is abstract.
     Local(Box<str>),
+    /// Whatever the program's own dialer makes of the address.
+    Own,
 }
 
 // === impl Dialer ===
@@ -74,17 +80,37 @@ impl Dialer {
         self.resolver = Some(Arc::new(move |host, port| Box::pin(resolver(host, port))));
     }
 
-    /// Takes an address apart.
+    pub(super) fn set_own<D, F, I>(&mut self, dial: D)
+    where
+        D: Fn(String) -> F + Send + Sync + 'static,
+        F: Future<Output = Result<I, BoxError>> + Send + 'static,
+        I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        self.own = Some(Arc::new(move |address| {
+            let dialling = dial(address);
+            Box::pin(async move { Ok(Stream::Other(Box::new(dialling.await?))) })
+        }));
+    }
+
+    /// Takes an address apart. A program's own dialer may know others than we do.
     pub(super) fn destination(&self, address: &str) -> Result<Destination, Error> {
-        let parsed = Address::parse(address)?;
-        parsed.check_platform(address, cfg!(unix), unix::HAS_ABSTRACT)?;
-        let (to, known_as) = match parsed {
-            Address::HostPort(at) => (To::host(at), authority_of(address, at)?),
-            Address::Unix(path) => (To::Local(path.into()), Authority::from_static(LOCALHOST)),
-            Address::Abstract(name) => (
-                To::Local(format!("\0{name}").into()),
-                Authority::from_static(LOCALHOST),
-            ),
+        let (to, known_as) = match (Address::parse(address), &self.own) {
+            (Ok(Address::HostPort(at)), Some(_)) => (To::Own, authority_of(address, at)?),
+            (_, Some(_)) => (To::Own, Authority::from_static(LOCALHOST)),
+            (Err(error), None) => return Err(error),
+            (Ok(parsed), None) => {
+                parsed.check_platform(address, cfg!(unix), unix::HAS_ABSTRACT)?;
+                match parsed {
+                    Address::HostPort(at) => (To::host(at), authority_of(address, at)?),
+                    Address::Unix(path) => {
+                        (To::Local(path.into()), Authority::from_static(LOCALHOST))
+                    }
+                    Address::Abstract(name) => (
+                        To::Local(format!("\0{name}").into()),
+                        Authority::from_static(LOCALHOST),
+                    ),
+                }
+            }
         };
         Ok(Destination {
             address: address.into(),
@@ -95,13 +121,21 @@ impl Dialer {
 
     /// One attempt. Dropping the future closes what was opened.
     pub(super) async fn dial(&self, destination: &Destination) -> Result<Stream, Error> {
-        match &destination.to {
-            To::Literal(address) => tcp::connect_to_any(vec![*address]).await.map(Stream::Tcp),
-            To::Name(host, port) => {
+        match (&destination.to, &self.own) {
+            (To::Literal(address), _) => tcp::connect_to_any(vec![*address]).await.map(Stream::Tcp),
+            (To::Name(host, port), _) => {
                 let found = self.resolve(host, *port).await?;
                 tcp::connect_to_any(found).await.map(Stream::Tcp)
             }
-            To::Local(path) => unix::connect(path).await,
+            (To::Local(path), _) => unix::connect(path).await,
+            (To::Own, Some(own)) => match guarded(|| own(destination.address.to_string())).await {
+                Ok(Ok(stream)) => Ok(stream),
+                Ok(Err(error)) => Err(lost("the dialer failed", error)),
+                Err(panic) => Err(lost("the dialer panicked", panic)),
+            },
+            (To::Own, None) => {
+                Err(Error::new(Kind::Internal).with_reason("the dialer is another's"))
+            }
         }
     }
 
@@ -124,6 +158,7 @@ impl fmt::Debug for Dialer {
         f.debug_struct("Dialer")
             .field("authority", &self.authority)
             .field("resolver", &self.resolver.is_some())
+            .field("own", &self.own.is_some())
             .finish()
     }
 }
@@ -197,9 +232,14 @@ mod tests {
             Kind::Invalid
         );
 
+        dialer.set_own(|_| async { Ok(tokio::io::empty()) });
+        for (address, expected) in [("h:1", "h:1"), ("unix:a", LOCALHOST), ("vsock", LOCALHOST)] {
+            assert_eq!(authority(&dialer, address).unwrap(), expected);
+        }
+
         for name in ["etcd.internal", "etcd.internal:2379", "10.0.0.5", "[::1]:1"] {
             dialer.set_authority(name).unwrap();
-            for address in ["h:1", "[::1]:1"] {
+            for address in ["h:1", "vsock"] {
                 assert_eq!(authority(&dialer, address).unwrap(), name);
             }
         }

@@ -1,7 +1,7 @@
 //! The byte stream that a dial comes to.
 
 use std::{
-    io,
+    fmt, io,
     pin::Pin,
     task::{Context, Poll},
 };
@@ -14,12 +14,21 @@ use tokio::{
 };
 
 /// What TLS and HTTP/2 go over.
-#[derive(Debug)]
 pub(in crate::transport) enum Stream {
     Tcp(TcpStream),
     #[cfg(unix)]
     Unix(UnixStream),
+    /// A program's own.
+    Other(Box<dyn Io>),
 }
+
+/// A byte stream of any kind.
+pub(in crate::transport) trait Io:
+    AsyncRead + AsyncWrite + Send + Unpin
+{
+}
+
+impl<I: AsyncRead + AsyncWrite + Send + Unpin> Io for I {}
 
 /// The same of whichever it is.
 macro_rules! each {
@@ -28,6 +37,7 @@ macro_rules! each {
             Stream::Tcp($io) => $do,
             #[cfg(unix)]
             Stream::Unix($io) => $do,
+            Stream::Other($io) => $do,
         }
     };
 }
@@ -71,5 +81,16 @@ impl AsyncWrite for Stream {
 
     fn is_write_vectored(&self) -> bool {
         each!(self, io => io.is_write_vectored())
+    }
+}
+
+impl fmt::Debug for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(io) => f.debug_tuple("Tcp").field(io).finish(),
+            #[cfg(unix)]
+            Self::Unix(io) => f.debug_tuple("Unix").field(io).finish(),
+            Self::Other(_) => f.debug_tuple("Other").finish_non_exhaustive(),
+        }
     }
 }
