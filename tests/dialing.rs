@@ -4,6 +4,7 @@
 mod support;
 
 use std::{
+    collections::HashSet,
     future::Future,
     io,
     net::SocketAddr,
@@ -13,8 +14,10 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering::SeqCst},
     },
+    time::Duration,
 };
 
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 use support::{
     certificates::Ca,
     server::{
@@ -29,10 +32,15 @@ use switchboard::{
     transport::{Connector, TlsConfig},
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, DuplexStream},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, DuplexStream},
     net::{TcpListener, UnixListener},
     runtime::Runtime,
     sync::mpsc,
+    task::JoinSet,
+};
+use tokio_rustls::{
+    TlsAcceptor,
+    rustls::{ServerConfig, crypto::ring},
 };
 use tokio_stream::{
     Stream, StreamExt as _,
@@ -40,9 +48,12 @@ use tokio_stream::{
 };
 use tonic::{
     Code,
-    transport::{Identity, Server, ServerTlsConfig, server::Connected},
+    transport::{Certificate, Identity, Server, ServerTlsConfig, server::Connected},
 };
 use tower::util::MapRequestLayer;
+
+/// A failure is an answer: it takes no timeout to see it.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A tonic server over any streams, on a runtime of its own; dropping it kills it, with its connections.
 struct Echo {
@@ -402,7 +413,8 @@ async fn a_stream_of_ones_own_carries_http2_and_tls() {
 #[tokio::test]
 async fn a_dialer_that_fails_or_panics_costs_the_attempt_and_says_why() {
     type Dialling = Pin<Box<dyn Future<Output = Result<DuplexStream, BoxError>> + Send>>;
-    let cases: [(fn() -> Dialling, &str); 3] = [
+    type Case = (fn() -> Dialling, &'static str);
+    let cases: [Case; 3] = [
         (
             || Box::pin(async { Err(io::Error::other("the tunnel is down").into()) }),
             "the dialer failed: the tunnel is down",
@@ -445,4 +457,191 @@ async fn a_dialer_that_fails_or_panics_costs_the_attempt_and_says_why() {
         }
     };
     assert_eq!(found.kind(), io::ErrorKind::NetworkDown);
+}
+
+/// What an attempt goes through, and the words by which an error says that it was this.
+const STEPS: [(&str, &[&str]); 6] = [
+    ("address", &["address: "]),
+    ("name", &["the name ", "the resolver "]),
+    (
+        "dial",
+        &["connection refused", "no such socket", "addresses failed"],
+    ),
+    ("dialer", &["the dialer "]),
+    ("tls", &["TLS handshake failed"]),
+    ("http2", &["HTTP/2 handshake failed"]),
+];
+
+#[tokio::test]
+async fn an_error_says_at_which_step_the_attempt_failed() {
+    let (ca, clients) = (Ca::new("ca"), Ca::new("clients"));
+    let plain = Connector::new;
+    let trusting_them = |ca: &Ca| Connector::new().tls(trusting(ca)).unwrap();
+    let resolving = |found: fn() -> io::Result<Vec<SocketAddr>>| {
+        Connector::new().resolver(move |_, _| async move { found() })
+    };
+    let refuses = SocketAddr::from(([127, 0, 0, 1], support::etcd::free_port()));
+    let nowhere = SocketPath::new().address();
+    let (listener, wants_certificates) = listening_at_a_port().await;
+    let tls = presenting(&ca, "127.0.0.1").client_ca_root(Certificate::from_pem(clients.pem()));
+    let _wants_certificates = Echo::over(listener, Some(tls));
+    let (mute, _mute) = without_alpn(&ca).await;
+    let stranger = Ca::new("stranger").issue(&["querycoord"]);
+    let (certificate, key) = (stranger.certificate.as_bytes(), stranger.key.as_bytes());
+    let stranger = trusting(&ca).identity_pem(certificate, key).unwrap();
+
+    let cases: Vec<(&str, Connector, &str, &str)> = vec![
+        ("address", plain(), "nowhere", "there is no port"),
+        ("address", plain(), "unix:", "unix:path"),
+        (
+            "name",
+            plain(),
+            "no.such.name.invalid:1",
+            "the name was not resolved: ",
+        ),
+        (
+            "name",
+            resolving(|| Ok(Vec::new())),
+            "h:1",
+            "the name has no address",
+        ),
+        (
+            "name",
+            resolving(|| Err(io::Error::other("the zone is gone"))),
+            "h:1",
+            "the name was not resolved: the zone is gone",
+        ),
+        (
+            "name",
+            resolving(|| panic!("a bug")),
+            "h:1",
+            "the resolver panicked: a bug",
+        ),
+        ("dial", plain(), "127.0.0.1:REFUSES", "connection refused"),
+        ("dial", plain(), &nowhere, "there is no such socket"),
+        (
+            "dial",
+            Connector::new().resolver(move |_, _| async move { Ok(vec![refuses, refuses]) }),
+            "h:1",
+            "all 2 addresses failed: ",
+        ),
+        (
+            "dialer",
+            Connector::new().dial_with(|_| async {
+                Err::<DuplexStream, BoxError>("the tunnel is down".into())
+            }),
+            "h:1",
+            "the dialer failed: the tunnel is down",
+        ),
+        (
+            "tls",
+            trusting_them(&Ca::new("ours")),
+            &wants_certificates,
+            "the server's certificate leads to none of the trusted roots",
+        ),
+        (
+            "tls",
+            trusting_them(&ca).authority("etcd.internal").unwrap(),
+            &wants_certificates,
+            "not valid for name \"etcd.internal\"",
+        ),
+        (
+            "tls",
+            trusting_them(&ca),
+            &wants_certificates,
+            "the server asks for a client certificate",
+        ),
+        (
+            "tls",
+            Connector::new().tls(stranger).unwrap(),
+            &wants_certificates,
+            "the server refuses the client certificate",
+        ),
+        ("tls", trusting_them(&ca), &mute, "(ALPN h2)"),
+        (
+            "tls",
+            meeting(hangs_up).tls(trusting(&ca)).unwrap(),
+            "h:1",
+            "closed by the peer before it was done",
+        ),
+        (
+            "http2",
+            meeting(hangs_up),
+            "h:1",
+            "the peer had said nothing",
+        ),
+        (
+            "http2",
+            meeting(|mut theirs| {
+                tokio::spawn(async move {
+                    let _ = theirs.write_all(b"220 mail.example ESMTP\r\n").await;
+                    let _ = theirs.read(&mut [0; 1024]).await;
+                });
+            }),
+            "h:1",
+            "",
+        ),
+        ("http2", plain(), &wants_certificates, "the peer speaks TLS"),
+    ];
+    let mut provoked = HashSet::new();
+    for (step, connector, address, says) in cases {
+        let address = address.replace("REFUSES", &refuses.port().to_string());
+        let attempt = tokio::time::timeout(PATIENCE, connector.connect_to(&address));
+        let error = attempt.await.expect("it hangs").unwrap_err();
+        let kind = match step {
+            "address" => Kind::Invalid,
+            _ => Kind::ConnectionLost,
+        };
+        let text = error.to_string();
+        assert_eq!(error.kind(), kind, "{step} {address}: {text}");
+        assert!(text.contains(says), "{step} {address}: {text}");
+        // Which step it was, and that it was no other.
+        for (other, words) in STEPS {
+            let said = words.iter().any(|words| text.contains(words));
+            assert_eq!(said, other == step, "{step} {address}, {other}: {text}");
+        }
+        provoked.insert(step);
+    }
+    assert_eq!(provoked.len(), STEPS.len(), "{provoked:?}");
+}
+
+/// One whose streams lead to this.
+fn meeting(peer: fn(DuplexStream)) -> Connector {
+    Connector::new().dial_with(move |_| async move {
+        let (ours, theirs) = tokio::io::duplex(64 << 10);
+        peer(theirs);
+        Ok(ours)
+    })
+}
+
+/// Hears us out, and says nothing.
+fn hangs_up(mut peer: DuplexStream) {
+    tokio::spawn(async move {
+        let _ = peer.read(&mut [0; 1024]).await;
+    });
+}
+
+/// A TLS server for 127.0.0.1 that does not say which protocol it speaks.
+async fn without_alpn(ca: &Ca) -> (String, JoinSet<()>) {
+    let issued = ca.issue(&["127.0.0.1"]);
+    let chain = vec![CertificateDer::from_pem_slice(issued.certificate.as_bytes()).unwrap()];
+    let key = PrivateKeyDer::from_pem_slice(issued.key.as_bytes()).unwrap();
+    let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .unwrap();
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let mut task = JoinSet::new();
+    task.spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            if let Ok(mut stream) = acceptor.accept(socket).await {
+                let _ = stream.read(&mut [0; 1024]).await;
+            }
+        }
+    });
+    (address, task)
 }

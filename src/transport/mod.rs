@@ -278,8 +278,8 @@ impl Connector {
     /// asked for (SNI), unless `TlsConfig::server_name` says another. Default: the address; `localhost` over a Unix
     /// domain socket.
     ///
-    /// It changes nothing about where is dialled. It is for peers that are reached by addresses which are not their names:
-    /// behind a proxy that looks at the authority, or with a certificate for the name of a service.
+    /// It does not change where is dialled. It is for peers that are reached by addresses which are not their names: behind
+    /// a proxy that looks at the authority, or with a certificate for the name of a service.
     ///
     /// # Errors
     ///
@@ -289,11 +289,12 @@ impl Connector {
         Ok(self)
     }
 
-    /// How names become addresses: by this, which is given the host and the port of `host:port`, and tells where to dial, the
-    /// port included. Default: the system's resolver.
+    /// How names become addresses: by this, which is given the host and the port of `host:port`, and tells where to dial,
+    /// the port included. Default: the system's resolver.
     ///
     /// It is asked anew by each attempt, within the attempt's time, and all that it tells is tried as if the system had
-    /// told it. An IP address is not asked about. If it fails, so does the attempt, with its error as the source; a panic is a failure too.
+    /// told it. An IP address is not asked about. If it fails, so does the attempt, with its error as the source; a panic
+    /// is a failure too.
     ///
     /// ```
     /// use std::net::{Ipv4Addr, SocketAddr};
@@ -316,13 +317,13 @@ impl Connector {
         self
     }
 
-    /// Dials by this instead: it is given the address as it stands, whatever its form, and yields the byte stream that TLS, if
-    /// it is asked for, and HTTP/2 go over. For what we do not dial ourselves: vsock, SOCKS, pipes in memory, tests.
+    /// Dials by this instead: it is given the address as it stands, whatever its form, and yields the byte stream that
+    /// TLS, if it is asked for, and HTTP/2 go over. For what we do not dial ourselves: vsock, SOCKS, pipes in memory, tests.
     /// Default: TCP, or a Unix domain socket.
     ///
     /// It is called by each attempt, within the attempt's time, which drops its future. The resolver is not asked. The
-    /// `:authority` of calls, unless [`Connector::authority`] says another, is an address that is `host:port`, and
-    /// `localhost` for any other. If it fails, so does the attempt, with its error as the source; a panic is a failure too.
+    /// `:authority` of calls, unless [`Connector::authority`] says another, is the address if that is `host:port`, and
+    /// `localhost` otherwise. If it fails, so does the attempt, with its error as the source; a panic is a failure too.
     ///
     /// Sessions in a registry have to have an address that `Session::validate` allows.
     ///
