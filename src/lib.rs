@@ -93,6 +93,8 @@
     warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)
 )]
 
+#[cfg(any(feature = "registry", feature = "transport"))]
+mod address;
 pub mod backoff;
 pub mod cancel;
 #[cfg(feature = "component")]

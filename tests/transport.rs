@@ -853,7 +853,7 @@ async fn a_deadline_holds_while_connecting_calling_and_reading() {
 }
 
 // What a machine makes of localhost is its own affair: one address, or also ::1, which refuses here. That
-// all of several are tried is tested over given lists, in `src/transport/dial.rs`.
+// all of several are tried is tested over given lists, in `src/transport/dial/tcp.rs`.
 #[tokio::test]
 async fn a_peer_is_dialled_by_name() {
     let server = EchoServer::start("a");

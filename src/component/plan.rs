@@ -8,12 +8,10 @@ use super::{
 };
 use crate::{
     Backoff, InstanceId,
+    address::HostPort,
     backoff::check_duration,
     error::Error,
-    registry::{
-        Session,
-        session::{check_address, check_role},
-    },
+    registry::{Session, session::check_role},
 };
 
 /// The longest time to settle.
@@ -53,7 +51,7 @@ pub(super) fn check(
     check_duration("drain bound", settings.drain, least, Backoff::LONGEST)?;
     check_duration("time to settle", settings.settle, least, LONGEST_SETTLE)?;
     match &settings.listens_at {
-        Some(address) => check_address(address),
+        Some(address) => HostPort::parse(address).map(drop),
         None => Ok(()),
     }
 }
@@ -65,6 +63,8 @@ pub(super) fn session(
     id: Option<InstanceId>,
     change: Option<Change>,
 ) -> Result<Session, Error> {
+    // That a server listens is found out over TCP, and others reach a component from other machines.
+    HostPort::parse(&address)?;
     let mut session = Session::new(role.clone(), address.clone());
     if let Some(id) = id {
         session = session.with_id(id);

@@ -420,6 +420,7 @@ async fn what_cannot_work_is_refused_with_what_is_allowed() {
     for (builder, says) in [
         (Component::builder("a b", manager(&registry)), "1 to 128"),
         (good().advertise("nowhere"), "host:port"),
+        (good().advertise("unix:///run/a.sock"), "host:port"),
         (good().id("a/b"), "1 to 256 bytes"),
         (good().listens_at("nowhere"), "host:port"),
         (good().depends_on("a b"), "1 to 128"),

@@ -119,7 +119,7 @@ pub struct Peer {
     pub role: Arc<str>,
     /// The instance's id, unique in its role.
     pub id: Arc<str>,
-    /// Where it listens, `host:port`; empty when the pool was not told.
+    /// Where it listens, `host:port` or a Unix domain socket; empty when the pool was not told.
     pub address: Arc<str>,
     /// The registry's `create_revision` of its session; 0 when there is no registry.
     pub generation: u64,

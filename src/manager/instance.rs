@@ -48,7 +48,7 @@ impl Instance {
         self.session().id()
     }
 
-    /// Where it listens, `host:port`.
+    /// Where it listens, `host:port` or a Unix domain socket.
     pub fn address(&self) -> &str {
         self.session().address()
     }

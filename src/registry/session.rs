@@ -1,9 +1,10 @@
 //! The record that one running server instance keeps in the registry.
 
-use std::{collections::BTreeMap, net::Ipv6Addr, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use crate::{
-    error::{Error, Kind},
+    address::{Address, shown},
+    error::Error,
     pool::InstanceId,
 };
 
@@ -39,13 +40,18 @@ pub struct Session {
 // === impl Session ===
 
 impl Session {
-    /// A session of this role, listening at `host:port`. Its id is its address until [`Session::with_id`],
-    /// its weight 1, and it has no version and no metadata.
+    /// A session of this role, listening at `host:port` or, for those on the same machine, at a Unix domain socket such
+    /// as `unix:///run/a.sock`. Its id is its address, with `_` for each `/`, until [`Session::with_id`], its weight 1,
+    /// and it has no version and no metadata.
     pub fn new(role: impl Into<Arc<str>>, address: impl Into<Arc<str>>) -> Self {
         let address = address.into();
         Self {
             role: role.into(),
-            id: address.clone(),
+            id: match address.contains('/') {
+                // An id stands in keys, where a slash would begin another part.
+                true => address.replace('/', "_").into(),
+                false => address.clone(),
+            },
             address,
             version: String::new(),
             metadata: BTreeMap::new(),
@@ -55,7 +61,8 @@ impl Session {
         }
     }
 
-    /// The same under this id, which is unique in its role: what calls are pinned by. Default: the address.
+    /// The same under this id, which is unique in its role: what calls are pinned by. Default: the address, with
+    /// `_` for each `/`.
     #[must_use]
     pub fn with_id(mut self, id: impl Into<InstanceId>) -> Self {
         self.id = id.into().0;
@@ -112,7 +119,7 @@ impl Session {
         &self.id
     }
 
-    /// Where it listens, `host:port`.
+    /// Where it listens, `host:port` or a Unix domain socket: see [`Session::validate`].
     pub fn address(&self) -> &str {
         &self.address
     }
@@ -146,15 +153,16 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// [`Kind::Invalid`], naming what is allowed, unless
+    /// [`Kind::Invalid`](crate::Kind::Invalid), naming what is allowed, unless
     /// - the role is 1 to 128 characters of `A-Z a-z 0-9 . _ -`,
     /// - the address is `host:port`, with a DNS name, an IPv4 address or an IPv6 address in brackets, and a
-    ///   port of 1 to 65535,
+    ///   port of 1 to 65535; or a Unix domain socket, `unix:path`, `unix:///absolute/path` or, to be dialled on Linux
+    ///   only, `unix-abstract:name`, of 1 to 107 bytes without control characters,
     /// - the id is 1 to 256 bytes without `/` and control characters,
     /// - the weight is at least 1.
     pub fn validate(&self) -> Result<(), Error> {
         check_role(&self.role)?;
-        check_address(&self.address)?;
+        Address::parse(&self.address)?;
         check_id(&self.id)?;
         if self.weight == 0 {
             return Err(Error::invalid("weight", "0 is not at least 1"));
@@ -208,55 +216,6 @@ pub(crate) fn check_prefix(prefix: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// Refuses what is not `host:port`.
-pub(crate) fn check_address(address: &str) -> Result<(), Error> {
-    let invalid = |why: &str| {
-        let why = format!(
-            "{} is not host:port: {why}; write a DNS name, an IPv4 address or an [IPv6] address, and a port of 1 to 65535",
-            shown(address)
-        );
-        Err(Error::new(Kind::Invalid).with_reason(format!("address: {why}")))
-    };
-    let Some((host, port)) = address.rsplit_once(':') else {
-        return invalid("there is no port");
-    };
-    // `u16::from_str` would take "+80".
-    match port.parse::<u16>() {
-        Ok(1..) if port.bytes().all(|b| b.is_ascii_digit()) => {}
-        _ => return invalid("the port is not a number of 1 to 65535"),
-    }
-    if let Some(inner) = host.strip_prefix('[') {
-        return match inner.strip_suffix(']').map(str::parse::<Ipv6Addr>) {
-            Some(Ok(_)) => Ok(()),
-            _ => invalid("what is in brackets is not an IPv6 address"),
-        };
-    }
-    if host.contains(':') {
-        return invalid("an IPv6 address needs brackets");
-    }
-    // Underscores are no part of host names, but container platforms make such.
-    let label = |label: &str| {
-        (1..=63).contains(&label.len())
-            && label
-                .bytes()
-                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-    };
-    let name = host.strip_suffix('.').unwrap_or(host);
-    if name.len() > 253 || !name.split('.').all(label) {
-        return invalid("the host is not a name or an address");
-    }
-    // What looks like an IPv4 address has to be one: 10.0.0.256 resolves nowhere.
-    let numeric = name
-        .split('.')
-        .all(|l| l.bytes().all(|b| b.is_ascii_digit()));
-    if numeric && name.parse::<std::net::Ipv4Addr>().is_err() {
-        return invalid("the host is not an IPv4 address");
-    }
-    Ok(())
-}
-
 fn check_id(id: &str) -> Result<(), Error> {
     if id.is_empty() || id.len() > 256 || id.contains(|c: char| c == '/' || c.is_control()) {
         let why = format!(
@@ -268,61 +227,30 @@ fn check_id(id: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// Quoted, and cut so that a message stays readable.
-fn shown(text: &str) -> String {
-    match text.char_indices().nth(80) {
-        None => format!("{text:?}"),
-        Some((cut, _)) => format!("{:?}... ({} bytes)", &text[..cut], text.len()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Kind;
 
     #[test]
-    fn addresses_that_can_be_dialled_are_taken() {
+    fn what_can_be_dialled_is_an_address() {
         for address in [
-            "10.0.0.5:21123",
-            "localhost:1",
-            "a-b.example.com:65535",
-            "my_service.ns.svc:80",
-            "example.com.:80",
+            "h:1",
             "[::1]:80",
-            "[2001:db8::7]:443",
-            "1a:80",
+            "unix:a.sock",
+            "unix:///run/a.sock",
+            "unix-abstract:a",
         ] {
             Session::new("echo", address).validate().expect(address);
         }
-    }
-
-    #[test]
-    fn addresses_that_cannot_are_refused_with_what_is_allowed() {
-        for address in [
-            "",
-            ":80",
-            "host",
-            "host:",
-            "host:0",
-            "host:65536",
-            "host:+80",
-            "host:http",
-            "::1:80",
-            "[::1]",
-            "[nope]:80",
-            "[::1:80",
-            "10.0.0.256:80",
-            "10.0.0:80",
-            "a b:80",
-            "http://host:80",
-            "user@host:80",
-            "-a:80",
-            "a..b:80",
-            "host:80/path",
+        for (address, says) in [
+            ("h", "host:port"),
+            ("unix:", "unix:path"),
+            ("unix://run/a.sock", "unix:///absolute/path"),
         ] {
             let error = Session::new("echo", address).validate().expect_err(address);
-            assert_eq!(error.kind(), Kind::Invalid, "{address}");
-            assert!(error.to_string().contains("host:port"), "{error}");
+            assert_eq!(error.kind(), Kind::Invalid);
+            assert!(error.to_string().contains(says), "{error}");
         }
     }
 
@@ -364,5 +292,8 @@ mod tests {
     fn the_id_is_the_address_unless_given() {
         assert_eq!(Session::new("echo", "h:1").id(), "h:1");
         assert_eq!(Session::new("echo", "h:1").with_id(7).id(), "7");
+        let local = Session::new("echo", "unix:///run/a.sock");
+        assert_eq!(local.id(), "unix:___run_a.sock");
+        local.validate().expect("it may stand in a key");
     }
 }

@@ -8,14 +8,11 @@ use std::{
     },
 };
 
-use http::{
-    HeaderMap, HeaderValue,
-    uri::{Authority, Scheme},
-};
+use http::{HeaderMap, HeaderValue, uri::Scheme};
 use tokio::{runtime, sync::Notify};
 use tokio_util::sync::CancellationToken;
 
-use super::{Connector, core::Core, identity::Identity, polite::Polite};
+use super::{Connector, core::Core, dial::Destination, identity::Identity, polite::Polite};
 use crate::{
     endpoint::{BoxFuture, Lifeline},
     error::{Error, Kind},
@@ -28,7 +25,7 @@ use crate::{
 /// its runtime at the latest.
 pub(super) struct Common {
     pub(super) scheme: Scheme,
-    pub(super) authority: Authority,
+    pub(super) to: Destination,
     pub(super) user_agent: HeaderValue,
     pub(super) max_header_list_size: usize,
     pub(super) identity: Identity,
@@ -67,11 +64,11 @@ pub(super) type Why = (Kind, Option<String>);
 
 impl Common {
     /// To be called in the runtime that its connections will run in.
-    pub(super) fn new(authority: Authority, identity: HeaderMap, config: &Connector) -> Self {
+    pub(super) fn new(to: Destination, identity: HeaderMap, config: &Connector) -> Self {
         Self {
             scheme: config.scheme(),
             polite: config.polite.clone(),
-            authority,
+            to,
             user_agent: config.user_agent.clone(),
             max_header_list_size: config.max_header_list_size,
             identity: Identity::new(identity),
@@ -261,7 +258,7 @@ impl fmt::Debug for Common {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let life = self.lock();
         f.debug_struct("Common")
-            .field("authority", &self.authority)
+            .field("authority", &self.to.authority)
             .field("alive", &life.alive.len())
             .field("sealed", &life.sealed)
             .finish_non_exhaustive()

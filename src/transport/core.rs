@@ -63,7 +63,7 @@ impl Core {
     /// Of a connection that is being made.
     pub(super) fn new(common: Arc<Common>, keepalive_interval: Option<Duration>) -> Self {
         let keepalive_interval =
-            keepalive_interval.map(|most| common.polite.interval(common.authority.as_str(), most));
+            keepalive_interval.map(|most| common.polite.interval(&common.to.address, most));
         Self {
             common,
             keepalive_interval,
@@ -124,9 +124,7 @@ impl Core {
     /// The peer has said that it takes no new calls. h2 is about to refuse them.
     pub(super) fn sent_away(&self, said: &GoAway) {
         if let (true, Some(used)) = (said.minds_pings(), self.keepalive_interval) {
-            self.common
-                .polite
-                .minds(self.common.authority.as_str(), used);
+            self.common.polite.minds(&self.common.to.address, used);
         }
         self.leave(|| said.to_string());
     }
@@ -247,7 +245,7 @@ impl Core {
 impl fmt::Debug for Core {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Core")
-            .field("authority", &self.common.authority)
+            .field("authority", &self.common.to.authority)
             .field("streams", &self.streams())
             .field("closed", &self.closed)
             .finish_non_exhaustive()

@@ -29,30 +29,36 @@ mod socket;
 #[cfg(feature = "tls")]
 mod tls;
 
-use std::{sync::Arc, time::Duration};
+use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
-use http::{
-    HeaderMap, HeaderValue,
-    uri::{Authority, Scheme},
-};
+use http::{HeaderMap, HeaderValue, uri::Scheme};
+use tokio::io::{AsyncRead, AsyncWrite};
 
 #[cfg(feature = "health")]
 pub use self::health::HealthCheck;
 #[cfg(feature = "tls")]
 pub use self::tls::TlsConfig;
 pub use self::{body::Body, connection::Connection, request::ResponseFuture, several::Connections};
-use self::{common::Common, polite::Polite, several::Size};
+use self::{common::Common, dial::Dialer, polite::Polite, several::Size};
 use crate::{
     backoff::check_duration,
     endpoint::{BoxFuture, Connect, Connected, Target},
     error::{BoxError, Error},
 };
 
-/// Makes HTTP/2 connections over TCP: in plaintext, or by `Connector::tls` (feature `tls`) over TLS.
+/// Makes HTTP/2 connections, over TCP, a Unix domain socket or a stream of one's own: in plaintext, or by `Connector::tls` (feature `tls`) over
+/// TLS.
 ///
-/// A target's address is `host:port`; a name that resolves to several addresses is tried at all of them,
-/// 250 ms apart, IPv6 and IPv4 in turn ([RFC 8305](https://www.rfc-editor.org/rfc/rfc8305)). `TCP_NODELAY` is
-/// always set. A connection counts as made when the peer has answered a first HTTP/2 ping: a port that
+/// A target's address is one of these, as gRPC writes them:
+/// - `host:port`: each attempt resolves a name anew ([`Connector::resolver`]); if it has several addresses, all are tried, 250 ms apart, IPv6
+///   and IPv4 in turn ([RFC 8305](https://www.rfc-editor.org/rfc/rfc8305)). `TCP_NODELAY` is always set.
+/// - `unix:path` or `unix:///absolute/path`: a Unix domain socket, on platforms that have them. The path is 1 to 107
+///   bytes, and relative to the directory that the process is in unless it begins with a slash.
+/// - `unix-abstract:name`: one on Linux that is in no file system.
+/// - With [`Connector::dial_with`], whatever that knows.
+///
+/// The `:authority` of calls is `host:port`, or `localhost` over a Unix domain socket,
+/// unless [`Connector::authority`] says another. A connection counts as made when the peer has answered a first HTTP/2 ping: a port that
 /// accepts and says nothing is not a server.
 ///
 /// A connection to a [`Target`] adds that target's [`call_metadata`](Target::call_metadata) to each request. One that
@@ -80,6 +86,7 @@ pub struct Connector {
     pub(crate) connection_window: u32,
     pub(crate) user_agent: HeaderValue,
     pub(crate) max_header_list_size: usize,
+    dialer: Dialer,
     polite: Polite,
     size: Size,
     #[cfg(feature = "health")]
@@ -105,6 +112,7 @@ impl Connector {
                 env!("CARGO_PKG_VERSION")
             )),
             max_header_list_size: 64 << 10,
+            dialer: Dialer::default(),
             polite: Polite::default(),
             size: Size {
                 most: 4,
@@ -265,6 +273,85 @@ impl Connector {
         Ok(self)
     }
 
+    /// The `:authority` of all calls, whatever the address: a DNS name, an IPv4 address or an IPv6 address in brackets, and
+    /// a port of 1 to 65535 or none. With TLS its host is also the name that servers have to prove, and that they are
+    /// asked for (SNI), unless `TlsConfig::server_name` says another. Default: the address; `localhost` over a Unix
+    /// domain socket.
+    ///
+    /// It does not change where is dialled. It is for peers that are reached by addresses which are not their names: behind
+    /// a proxy that looks at the authority, or with a certificate for the name of a service.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) if it is none of these.
+    pub fn authority(mut self, name: &str) -> Result<Self, Error> {
+        self.dialer.set_authority(name)?;
+        Ok(self)
+    }
+
+    /// How names become addresses: by this, which is given the host and the port of `host:port`, and tells where to dial,
+    /// the port included. Default: the system's resolver.
+    ///
+    /// It is asked anew by each attempt, within the attempt's time, and all that it tells is tried as if the system had
+    /// told it. An IP address is not asked about. If it fails, so does the attempt, with its error as the source; a panic
+    /// is a failure too.
+    ///
+    /// ```
+    /// use std::net::{Ipv4Addr, SocketAddr};
+    /// use switchboard::transport::Connector;
+    ///
+    /// let connector = Connector::new().resolver(|host, port| async move {
+    ///     match host.as_str() {
+    ///         "rootcoord" => Ok(vec![SocketAddr::from((Ipv4Addr::LOCALHOST, port))]),
+    ///         _ => Ok(tokio::net::lookup_host((host, port)).await?.collect()),
+    ///     }
+    /// });
+    /// ```
+    #[must_use]
+    pub fn resolver<R, F>(mut self, resolver: R) -> Self
+    where
+        R: Fn(String, u16) -> F + Send + Sync + 'static,
+        F: Future<Output = io::Result<Vec<SocketAddr>>> + Send + 'static,
+    {
+        self.dialer.set_resolver(resolver);
+        self
+    }
+
+    /// Dials by this instead: it is given the address as it stands, whatever its form, and yields the byte stream that
+    /// TLS, if it is asked for, and HTTP/2 go over. For what we do not dial ourselves: vsock, SOCKS, pipes in memory, tests.
+    /// Default: TCP, or a Unix domain socket.
+    ///
+    /// It is called by each attempt, within the attempt's time, which drops its future. The resolver is not asked. The
+    /// `:authority` of calls, unless [`Connector::authority`] says another, is the address if that is `host:port`, and
+    /// `localhost` otherwise. If it fails, so does the attempt, with its error as the source; a panic is a failure too.
+    ///
+    /// Sessions in a registry have to have an address that `Session::validate` allows.
+    ///
+    /// ```
+    /// use switchboard::transport::Connector;
+    /// use tokio::io::DuplexStream;
+    ///
+    /// /// Hands the one end to a server, and returns the other.
+    /// async fn dial(address: String) -> std::io::Result<DuplexStream> {
+    ///     # let server = |_: String, _: DuplexStream| {};
+    ///     let (ours, theirs) = tokio::io::duplex(64 << 10);
+    ///     server(address, theirs);
+    ///     Ok(ours)
+    /// }
+    ///
+    /// let connector = Connector::new().dial_with(|address| async { Ok(dial(address).await?) });
+    /// ```
+    #[must_use]
+    pub fn dial_with<D, F, I>(mut self, dial: D) -> Self
+    where
+        D: Fn(String) -> F + Send + Sync + 'static,
+        F: Future<Output = Result<I, BoxError>> + Send + 'static,
+        I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        self.dialer.set_own(dial);
+        self
+    }
+
     /// Speaks TLS, and only TLS, and gives calls the scheme `https`. Default is plaintext.
     ///
     /// The handshake is part of the attempt and of its time. A server has to say that it speaks HTTP/2
@@ -279,37 +366,41 @@ impl Connector {
         Ok(self)
     }
 
-    /// Connects to `host:port`.
+    /// Connects to `host:port`, `unix:path`, `unix:///absolute/path` or `unix-abstract:name`, or to what
+    /// [`Connector::dial_with`] knows.
     ///
     /// # Errors
     ///
-    /// [`Kind::Invalid`](crate::Kind::Invalid) if the address is not `host:port`, or with TLS its host cannot
-    /// be a server's name; [`Kind::ConnectionLost`](crate::Kind::ConnectionLost) if nobody could be reached
+    /// [`Kind::Invalid`](crate::Kind::Invalid) if the address is none of these or not to be had on this platform, or
+    /// with TLS its host cannot be a server's name; [`Kind::ConnectionLost`](crate::Kind::ConnectionLost) if nobody could be reached
     /// there, or whoever was does not speak HTTP/2, or one side did not believe the other. The message says
     /// which step failed: the name, the connection (in the words of the system, such as "connection
-    /// refused"), the TLS handshake, or the HTTP/2 handshake. It has no time limit of its own.
+    /// refused"), the program's own resolver or dialer, the TLS handshake, or the HTTP/2 handshake. It has no time limit of its own.
     ///
     /// # Cancel safety
     ///
     /// Dropping the future closes what was opened.
     pub async fn connect_to(&self, address: &str) -> Result<Connection, Error> {
-        let common = Common::new(authority_of(address)?, HeaderMap::new(), self);
-        let connection = self.open(address, &Arc::new(common)).await?;
+        let to = self.dialer.destination(address)?;
+        let common = Common::new(to, HeaderMap::new(), self);
+        let connection = self.open(&Arc::new(common)).await?;
         connection.core.common.seal();
         Ok(connection)
     }
 
     /// The same as one of several. Dropping the future closes what was opened.
-    async fn open(&self, address: &str, common: &Arc<Common>) -> Result<Connection, Error> {
+    async fn open(&self, common: &Arc<Common>) -> Result<Connection, Error> {
         #[cfg(feature = "tls")]
         if let Some(tls) = &self.tls {
-            let name = tls.name_of(&common.authority)?;
-            let io = tls.handshake(dial::dial(address).await?, name).await?;
+            let name = tls.name_of(&common.to.authority)?;
+            let io = tls
+                .handshake(self.dialer.dial(&common.to).await?, name)
+                .await?;
             let refusal = io.refusal();
             let connected = Connection::handshake(io, common, self).await;
             return connected.map_err(|error| refusal.or(error));
         }
-        let io = dial::dial(address).await?;
+        let io = self.dialer.dial(&common.to).await?;
         Connection::handshake(io, common, self).await
     }
 
@@ -338,8 +429,8 @@ impl<T: Target> Connect<T> for Connector {
         Box::pin(async move {
             #[cfg(feature = "health")]
             let health_of = this.health.service_of(&peer);
-            let authority = authority_of(&peer.address)?;
-            let connections = Connections::open(this, &peer.address, authority, identity).await?;
+            let to = this.dialer.destination(&peer.address)?;
+            let connections = Connections::open(this, to, identity).await?;
             let lifeline = connections.lifeline();
             #[cfg(feature = "health")]
             if let Some(service) = health_of {
@@ -350,9 +441,4 @@ impl<T: Target> Connect<T> for Connector {
             Ok(Connected::new(connections).with_lifeline(lifeline))
         })
     }
-}
-
-fn authority_of(address: &str) -> Result<Authority, Error> {
-    let authority = address.parse();
-    authority.map_err(|_| Error::invalid("address", format!("{address:?} is not host:port")))
 }

@@ -84,7 +84,7 @@ impl Connection {
 
         let mut target = uri::Parts::default();
         target.scheme = Some(self.core.common.scheme.clone());
-        target.authority = Some(self.core.common.authority.clone());
+        target.authority = Some(self.core.common.to.authority.clone());
         target.path_and_query = head.uri.into_parts().path_and_query;
         if target.path_and_query.is_none() {
             target.path_and_query = Some(uri::PathAndQuery::from_static("/"));

@@ -18,12 +18,15 @@ use std::{
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, uri::Authority};
+use http::{HeaderMap, Request, Response};
 use tokio::time::Instant;
 use tower_service::Service;
 
 pub(super) use self::size::Size;
-use super::{Body, Connection, Connector, common::Common, request::ResponseFuture, slots::Waiting};
+use super::{
+    Body, Connection, Connector, common::Common, dial::Destination, request::ResponseFuture,
+    slots::Waiting,
+};
 use crate::{
     endpoint::Lifeline,
     error::{BoxError, Error, Kind, Sent},
@@ -78,17 +81,16 @@ impl Connections {
     /// Dropping the future closes what was opened.
     pub(super) async fn open(
         connector: Connector,
-        address: &str,
-        authority: Authority,
+        to: Destination,
         identity: HeaderMap,
     ) -> Result<Self, Error> {
-        let common = Arc::new(Common::new(authority, identity, &connector));
-        let first = connector.open(address, &common).await?;
+        let common = Arc::new(Common::new(to, identity, &connector));
+        let first = connector.open(&common).await?;
         let set = Arc::new(Set {
             open: ArcSwap::from_pointee(vec![Member::new(first, &connector)]),
             common,
         });
-        tokio::spawn(keeper::run(&set, connector, address.into()));
+        tokio::spawn(keeper::run(&set, connector));
         Ok(Self {
             set,
             picked: None,

@@ -9,7 +9,6 @@ use rustls_pki_types::{
     CertificateDer, PrivateKeyDer, ServerName,
     pem::{self, PemObject as _},
 };
-use tokio::net::TcpStream;
 use tokio_rustls::{
     TlsConnector,
     rustls::{
@@ -21,6 +20,7 @@ use tokio_rustls::{
 
 use self::stream::Client;
 pub(super) use self::stream::TlsStream;
+use super::dial::Stream;
 use crate::error::{Error, Kind};
 
 /// HTTP/2, as ALPN names it.
@@ -30,7 +30,8 @@ const H2: &[u8] = b"h2";
 /// knows the server.
 ///
 /// TLS 1.3 and 1.2, by `rustls` on `ring`. A server is believed when its certificate is in date, leads to one
-/// of the roots, and is for the name: that of [`TlsConfig::server_name`], otherwise the host of the address.
+/// of the roots, and is for the name: that of [`TlsConfig::server_name`], otherwise the host of the `:authority`, which is the address unless another was
+/// given.
 /// Nothing turns that off. At least one root is needed; those of several calls add up.
 ///
 /// Certificates and keys are read when the method is called, and kept: a file that changes later is not
@@ -163,9 +164,10 @@ impl TlsConfig {
     }
 
     /// The name that servers have to prove, and that they are asked for (SNI), whatever their address: a DNS
-    /// name or an IP address, without a port. Default is the host of each address.
+    /// name or an IP address, without a port. Default is the host of [`Connector::authority`](super::Connector::authority) or,
+    /// without one, of each address; `localhost` where that has none, as of Unix domain sockets.
     ///
-    /// It changes neither where is dialled nor the `:authority` of calls, which is the address.
+    /// It changes neither where is dialled nor the `:authority` of calls.
     ///
     /// # Errors
     ///
@@ -263,12 +265,12 @@ impl Tls {
         }
     }
 
-    /// From a TCP connection to one that has proved its name and speaks HTTP/2.
+    /// From a byte stream to one that has proved its name and speaks HTTP/2.
     ///
     /// Dropping the future closes it.
     pub(super) async fn handshake(
         &self,
-        io: TcpStream,
+        io: Stream,
         name: ServerName<'static>,
     ) -> Result<TlsStream, Error> {
         let connector = TlsConnector::from(self.config.clone());

@@ -20,12 +20,13 @@ use self::{
 use super::{
     Codec, Fixed, Register, Registry, Session,
     home::{self, Home},
-    session::{check_address, check_prefix},
+    session::check_prefix,
 };
 #[cfg(feature = "tls")]
 use crate::transport::TlsConfig;
 use crate::{
-    Backoff, backoff::check_duration, discover::Discovery, error::Error, transport::Connector,
+    Backoff, address::HostPort, backoff::check_duration, discover::Discovery, error::Error,
+    transport::Connector,
 };
 
 /// Generated from `proto/etcd.proto`; `tests/generated.rs` checks that it is current.
@@ -321,8 +322,8 @@ fn address_of<'a>(endpoint: &'a str, scheme: &str) -> Result<&'a str, Error> {
         };
     };
     let address = address.strip_suffix('/').unwrap_or(address);
-    match check_address(address) {
-        Ok(()) => Ok(address),
+    match HostPort::parse(address) {
+        Ok(_) => Ok(address),
         Err(error) => {
             let why = error.reason().unwrap_or_default();
             invalid(format!("{endpoint:?} is not {scheme}host:port: {why}"))

@@ -32,7 +32,6 @@ struct Keeper {
     set: Weak<Set>,
     common: Arc<Common>,
     connector: Connector,
-    address: Arc<str>,
     sizing: Sizing,
     dial: Option<Dial>,
     /// Calls wait for a connection that could not be had yet.
@@ -53,14 +52,12 @@ struct Dial {
 pub(super) fn run(
     set: &Arc<Set>,
     connector: Connector,
-    address: Arc<str>,
 ) -> impl Future<Output = ()> + Send + 'static {
     Keeper {
         set: Arc::downgrade(set),
         common: set.common.clone(),
         sizing: Sizing::new(connector.size),
         connector,
-        address,
         dial: None,
         put_off: false,
         failures: 0,
@@ -163,13 +160,9 @@ impl Keeper {
         if self.dial.is_some() || self.pause.is_some_and(|pause| pause > now) {
             return;
         }
-        let (connector, common, address) = (
-            self.connector.clone(),
-            self.common.clone(),
-            self.address.clone(),
-        );
+        let (connector, common) = (self.connector.clone(), self.common.clone());
         let attempt = async move {
-            let open = connector.open(&address, &common);
+            let open = connector.open(&common);
             // Resolvers and dialers of one's own may panic.
             match time::timeout(ATTEMPT, AssertUnwindSafe(open).catch_unwind()).await {
                 Ok(Ok(result)) => result,
@@ -194,7 +187,7 @@ impl Keeper {
                 self.pause = None;
                 self.put_off = false;
                 let new = Member::new(connection, &self.connector);
-                tracing::debug!(address = %self.address, replaces = replaces.is_some(), "another connection is open");
+                tracing::debug!(address = %self.common.to.address, replaces = replaces.is_some(), "another connection is open");
                 match replaces {
                     Some(old) => {
                         set.replace(&old, Some(new));
@@ -206,7 +199,7 @@ impl Keeper {
                 self.common.slot_free.notify_waiters();
             }
             (Err(why), Some(_)) => {
-                tracing::debug!(address = %self.address, error = %why, "another connection could not be opened");
+                tracing::debug!(address = %self.common.to.address, error = %why, "another connection could not be opened");
                 self.pause = Some(Instant::now() + Backoff::default().delay(self.failures));
                 self.failures = self.failures.saturating_add(1);
             }

@@ -10,20 +10,20 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
-};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_rustls::{
     client,
     rustls::{self, AlertDescription, CertificateError, InvalidMessage},
 };
 
-use crate::error::{Error, Kind};
+use crate::{
+    error::{Error, Kind},
+    transport::dial::Stream,
+};
 
 /// A TLS connection that says why it ended.
 pub(in crate::transport) struct TlsStream {
-    io: client::TlsStream<TcpStream>,
+    io: client::TlsStream<Stream>,
     refusal: Refusal,
 }
 
@@ -44,7 +44,7 @@ pub(in crate::transport) struct Refusal {
 // === impl TlsStream ===
 
 impl TlsStream {
-    pub(super) fn new(io: client::TlsStream<TcpStream>, client: Client) -> Self {
+    pub(super) fn new(io: client::TlsStream<Stream>, client: Client) -> Self {
         let why = Arc::new(OnceLock::new());
         Self {
             io,
@@ -199,10 +199,13 @@ fn reason(error: &io::Error) -> Option<&rustls::Error> {
 mod tests {
     use std::{sync::Arc, time::Duration};
 
-    use http::uri::Authority;
     use rcgen::{CertificateParams, CertifiedIssuer, KeyPair};
     use rustls_pki_types::{PrivateKeyDer, ServerName};
-    use tokio::{io::AsyncWriteExt as _, net::TcpListener, time};
+    use tokio::{
+        io::AsyncWriteExt as _,
+        net::{TcpListener, TcpStream},
+        time,
+    };
     use tokio_rustls::{
         TlsAcceptor,
         rustls::{
@@ -243,10 +246,11 @@ mod tests {
         let tls = tls.unwrap().build().unwrap();
         let socket = TcpStream::connect(address).await.unwrap();
         let name = ServerName::try_from("localhost").unwrap();
-        let stream = tls.handshake(socket, name).await.unwrap();
+        let stream = tls.handshake(Stream::Tcp(socket), name).await.unwrap();
         let refusal = stream.refusal();
-        let authority = Authority::from_static("localhost");
-        let common = Common::new(authority, http::HeaderMap::new(), &Connector::new());
+        let connector = Connector::new();
+        let to = connector.dialer.destination("localhost:1").unwrap();
+        let common = Common::new(to, http::HeaderMap::new(), &connector);
         let core = Core::new(Arc::new(common), None);
         let mut stream = Socket::new(stream, Arc::new(core));
 

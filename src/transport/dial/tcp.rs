@@ -1,4 +1,4 @@
-//! From `host:port` to a TCP connection: all the addresses of a name, one soon after the other.
+//! TCP: all the addresses of a name, one soon after the other.
 
 use std::{collections::VecDeque, fmt::Write as _, io, net::SocketAddr, time::Duration};
 
@@ -10,19 +10,9 @@ use crate::error::{Error, Kind};
 /// How long one address may be alone in being tried; gRFC A61 and RFC 8305 say 250 ms.
 const STAGGER: Duration = Duration::from_millis(250);
 
-/// Connects to the first address of the name that answers.
-pub(super) async fn dial(address: &str) -> Result<TcpStream, Error> {
-    let found = tokio::net::lookup_host(address).await.map_err(|error| {
-        Error::new(Kind::ConnectionLost)
-            .with_reason("the name was not resolved")
-            .with_source(error)
-    })?;
-    connect_to_any(found.collect()).await
-}
-
 /// Connects to the first of these that answers: each is tried once the one before it has failed, or has had
 /// its time.
-async fn connect_to_any(addresses: Vec<SocketAddr>) -> Result<TcpStream, Error> {
+pub(super) async fn connect_to_any(addresses: Vec<SocketAddr>) -> Result<TcpStream, Error> {
     let mut left = in_turn(addresses);
     if left.is_empty() {
         return Err(Error::new(Kind::ConnectionLost).with_reason("the name has no address"));
@@ -67,11 +57,6 @@ fn in_turn(addresses: Vec<SocketAddr>) -> VecDeque<SocketAddr> {
 }
 
 fn all_failed(failed: &[(SocketAddr, io::Error)]) -> Error {
-    // The kind reads "connection refused" where the error itself adds the number of the system call's.
-    let words = |error: &io::Error| match error.kind() {
-        io::ErrorKind::Other => error.to_string(),
-        kind => kind.to_string(),
-    };
     let mut text = String::new();
     match failed {
         [(_, only)] => text = words(only),
@@ -86,9 +71,17 @@ fn all_failed(failed: &[(SocketAddr, io::Error)]) -> Error {
     Error::new(Kind::ConnectionLost).with_reason(text)
 }
 
+/// The kind reads "connection refused" where the error itself adds the number of the system call's.
+pub(super) fn words(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::Other => error.to_string(),
+        kind => kind.to_string(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::Dialer, *};
 
     #[test]
     fn families_take_turns() {
@@ -110,9 +103,14 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         drop(listener);
-        let error = dial(&address.to_string()).await.unwrap_err();
+        let dialer = Dialer::default();
+        let dial = async |address: &str| {
+            let destination = dialer.destination(address).unwrap();
+            dialer.dial(&destination).await.unwrap_err()
+        };
+        let error = dial(&address.to_string()).await;
         assert_eq!(error.reason().as_deref(), Some("connection refused"));
-        let error = dial("no.such.name.invalid:1").await.unwrap_err();
+        let error = dial("no.such.name.invalid:1").await;
         assert!(error.to_string().contains("not resolved"), "{error}");
     }
 
