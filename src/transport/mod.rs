@@ -37,7 +37,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 #[cfg(feature = "health")]
 pub use self::health::HealthCheck;
 #[cfg(feature = "tls")]
-pub use self::tls::TlsConfig;
+pub use self::tls::{TlsConfig, TlsReloader};
 pub use self::{body::Body, connection::Connection, request::ResponseFuture, several::Connections};
 use self::{common::Common, dial::Dialer, polite::Polite, several::Size};
 use crate::{
@@ -92,7 +92,7 @@ pub struct Connector {
     #[cfg(feature = "health")]
     health: HealthCheck,
     #[cfg(feature = "tls")]
-    tls: Option<tls::Tls>,
+    tls: Option<TlsReloader>,
 }
 
 // === impl Connector ===
@@ -362,8 +362,16 @@ impl Connector {
     /// [`Kind::Invalid`](crate::Kind::Invalid) if nobody is trusted: no root was given.
     #[cfg(feature = "tls")]
     pub fn tls(mut self, config: TlsConfig) -> Result<Self, Error> {
-        self.tls = Some(config.build()?);
+        self.tls = Some(TlsReloader::new(config)?);
         Ok(self)
+    }
+
+    /// The same with what can be replaced while it runs.
+    #[cfg(feature = "tls")]
+    #[must_use]
+    pub fn tls_from(mut self, reloader: &TlsReloader) -> Self {
+        self.tls = Some(reloader.clone());
+        self
     }
 
     /// Connects to `host:port`, `unix:path`, `unix:///absolute/path` or `unix-abstract:name`, or to what
@@ -392,6 +400,7 @@ impl Connector {
     async fn open(&self, common: &Arc<Common>) -> Result<Connection, Error> {
         #[cfg(feature = "tls")]
         if let Some(tls) = &self.tls {
+            let tls = tls.current().await;
             let name = tls.name_of(&common.to.authority)?;
             let io = tls
                 .handshake(self.dialer.dial(&common.to).await?, name)
@@ -402,6 +411,25 @@ impl Connector {
         }
         let io = self.dialer.dial(&common.to).await?;
         Connection::handshake(io, common, self).await
+    }
+
+    /// Which of its TLS configurations is in force.
+    fn tls_number(&self) -> u64 {
+        #[cfg(feature = "tls")]
+        if let Some(tls) = &self.tls {
+            return tls.number();
+        }
+        0
+    }
+
+    /// Until another one is.
+    async fn tls_changed(&self, since: u64) {
+        #[cfg(feature = "tls")]
+        if let Some(tls) = &self.tls {
+            return tls.changed(since).await;
+        }
+        let _ = since;
+        std::future::pending().await
     }
 
     fn scheme(&self) -> Scheme {

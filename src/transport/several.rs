@@ -62,6 +62,8 @@ struct Member {
     connection: Connection,
     /// When another is to take its place.
     due: Option<Instant>,
+    /// Which TLS configuration it was made with, at least.
+    tls: u64,
 }
 
 /// What a look at the connections found.
@@ -85,9 +87,10 @@ impl Connections {
         identity: HeaderMap,
     ) -> Result<Self, Error> {
         let common = Arc::new(Common::new(to, identity, &connector));
+        let tls = connector.tls_number();
         let first = connector.open(&common).await?;
         let set = Arc::new(Set {
-            open: ArcSwap::from_pointee(vec![Member::new(first, &connector)]),
+            open: ArcSwap::from_pointee(vec![Member::new(first, &connector, tls)]),
             common,
         });
         tokio::spawn(keeper::run(&set, connector));
@@ -274,9 +277,11 @@ impl Drop for Set {
 // === impl Member ===
 
 impl Member {
-    fn new(connection: Connection, connector: &Connector) -> Self {
+    /// Made by this connector, of whose TLS configurations the one of this number was in force when that began.
+    fn new(connection: Connection, connector: &Connector, tls: u64) -> Self {
         Self {
             connection,
+            tls,
             due: connector.size.age().map(|age| Instant::now() + age),
         }
     }

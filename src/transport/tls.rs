@@ -1,8 +1,14 @@
 //! TLS under a connection: whom to trust, who we are, and the name that a server has to prove.
 
+mod reload;
 mod stream;
 
-use std::{fmt, fs, path::Path, sync::Arc};
+use std::{
+    fmt, fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use http::uri::Authority;
 use rustls_pki_types::{
@@ -18,10 +24,15 @@ use tokio_rustls::{
     },
 };
 
-use self::stream::Client;
+pub use self::reload::TlsReloader;
 pub(super) use self::stream::TlsStream;
+use self::{reload::Kept, stream::Client};
 use super::dial::Stream;
-use crate::error::{Error, Kind};
+use crate::{
+    Backoff,
+    backoff::check_duration,
+    error::{Error, Kind},
+};
 
 /// HTTP/2, as ALPN names it.
 const H2: &[u8] = b"h2";
@@ -34,8 +45,8 @@ const H2: &[u8] = b"h2";
 /// given.
 /// Nothing turns that off. At least one root is needed; those of several calls add up.
 ///
-/// Certificates and keys are read when the method is called, and kept: a file that changes later is not
-/// read again.
+/// Certificates and keys are read when the method is called, and kept: a file that changes later is read again only if
+/// [`TlsConfig::reload_every`] asks for it.
 ///
 /// ```
 /// use switchboard::transport::{Connector, TlsConfig};
@@ -52,8 +63,13 @@ const H2: &[u8] = b"h2";
 #[must_use]
 pub struct TlsConfig {
     provider: Arc<CryptoProvider>,
+    /// Those that are not from files.
     roots: RootCertStore,
+    ca_files: Vec<(Kept, Vec<CertificateDer<'static>>)>,
     identity: Option<Arc<CertifiedKey>>,
+    /// Where that is from, if it is from files: the certificate and the key.
+    identity_files: Option<[Kept; 2]>,
+    reload: Option<Duration>,
     server_name: Option<ServerName<'static>>,
 }
 
@@ -74,7 +90,10 @@ impl TlsConfig {
         Self {
             provider: Arc::new(ring::default_provider()),
             roots: RootCertStore::empty(),
+            ca_files: Vec::new(),
             identity: None,
+            identity_files: None,
+            reload: None,
             server_name: None,
         }
     }
@@ -84,8 +103,13 @@ impl TlsConfig {
     /// # Errors
     ///
     /// [`Kind::Invalid`] if there is none, or one that cannot be a root.
-    pub fn ca_pem(self, pem: &[u8]) -> Result<Self, Error> {
-        self.trust("CA certificates", pem)
+    pub fn ca_pem(mut self, pem: &[u8]) -> Result<Self, Error> {
+        for root in roots("CA certificates", pem)? {
+            self.roots
+                .add(root)
+                .map_err(|error| invalid("CA certificates", error))?;
+        }
+        Ok(self)
     }
 
     /// Trusts the certificates in this PEM file, as [`TlsConfig::ca_pem`] does. It is read here and now,
@@ -94,10 +118,12 @@ impl TlsConfig {
     /// # Errors
     ///
     /// [`Kind::Invalid`] if it cannot be read, has no certificate, or one that cannot be a root.
-    pub fn ca_file(self, path: impl AsRef<Path>) -> Result<Self, Error> {
+    pub fn ca_file(mut self, path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
-        let pem = read("CA file", path)?;
-        self.trust(&format!("CA file {}", path.display()), &pem)
+        let file = read("CA file", path)?;
+        let roots = roots(&format!("CA file {}", path.display()), &file.contents)?;
+        self.ca_files.push((file, roots));
+        Ok(self)
     }
 
     /// Trusts the authorities that browsers do: Mozilla's list as of the `webpki-roots` crate in this build.
@@ -137,7 +163,8 @@ impl TlsConfig {
     /// # Errors
     ///
     /// [`Kind::Invalid`] if either is not there or not readable, or if the key is not the certificate's.
-    pub fn identity_pem(self, certificate: &[u8], key: &[u8]) -> Result<Self, Error> {
+    pub fn identity_pem(mut self, certificate: &[u8], key: &[u8]) -> Result<Self, Error> {
+        self.identity_files = None;
         self.identify(("client certificate", certificate), ("client key", key))
     }
 
@@ -152,15 +179,38 @@ impl TlsConfig {
         key: impl AsRef<Path>,
     ) -> Result<Self, Error> {
         let (certificate, key) = (certificate.as_ref(), key.as_ref());
-        let certificate_pem = read("client certificate", certificate)?;
-        let key_pem = read("client key", key)?;
-        self.identify(
+        let certificate_file = read("client certificate", certificate)?;
+        let key_file = read("client key", key)?;
+        let mut this = self.identify(
             (
                 &format!("client certificate {}", certificate.display()),
-                &certificate_pem,
+                &certificate_file.contents,
             ),
-            (&format!("client key {}", key.display()), &key_pem),
-        )
+            (&format!("client key {}", key.display()), &key_file.contents),
+        )?;
+        this.identity_files = Some([certificate_file, key_file]);
+        Ok(this)
+    }
+
+    /// Looks at the files again this often, those of [`TlsConfig::ca_file`] and [`TlsConfig::identity_files`]. Default: never.
+    /// 10 ms to 1 day; grpc-go's certificate providers do so each hour.
+    ///
+    /// When their contents have changed, and can be used as a whole, handshakes are made with them from then on, and
+    /// connections that were made before are replaced, as [`TlsReloader`] describes. When they cannot be used, such as while
+    /// a certificate has been replaced and its key has not yet, those before stay, a warning is logged, and the files are
+    /// looked at again. They are followed by name: a link to another folder, as Kubernetes puts its secrets in place, is
+    /// a change as well.
+    ///
+    /// They are read on tokio's threads for blocking work, when a connection is dialled or there is one, and not otherwise.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`] outside these bounds.
+    pub fn reload_every(mut self, interval: Duration) -> Result<Self, Error> {
+        let least = Duration::from_millis(10);
+        let interval = check_duration("reload interval", interval, least, Backoff::LONGEST)?;
+        self.reload = Some(interval);
+        Ok(self)
     }
 
     /// The name that servers have to prove, and that they are asked for (SNI), whatever their address: a DNS
@@ -177,15 +227,49 @@ impl TlsConfig {
         Ok(self)
     }
 
+    /// The same with what its files hold now, and that itself. Reads them on this thread.
+    fn read_again(&self) -> Result<(Self, Vec<Vec<u8>>), Error> {
+        let mut new = self.clone();
+        new.ca_files.clear();
+        for (file, _) in &self.ca_files {
+            new = new.ca_file(&file.path)?;
+        }
+        if let Some([certificate, key]) = &self.identity_files {
+            new = new.identity_files(&certificate.path, &key.path)?;
+        }
+        let contents = new.contents();
+        Ok((new, contents))
+    }
+
+    fn kept(&self) -> impl Iterator<Item = &Kept> {
+        let identity = self.identity_files.iter().flatten();
+        self.ca_files.iter().map(|(file, _)| file).chain(identity)
+    }
+
+    fn contents(&self) -> Vec<Vec<u8>> {
+        self.kept().map(|file| file.contents.clone()).collect()
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        self.kept().map(|file| file.path.clone()).collect()
+    }
+
     pub(super) fn build(self) -> Result<Tls, Error> {
-        if self.roots.is_empty() {
+        let mut roots = self.roots;
+        for (file, of_file) in self.ca_files {
+            let what = format!("CA file {}", file.path.display());
+            for root in of_file {
+                roots.add(root).map_err(|error| invalid(&what, error))?;
+            }
+        }
+        if roots.is_empty() {
             let why = "nobody is trusted; it needs at least one of ca_pem, ca_file, webpki_roots and native_roots";
             return Err(Error::invalid("TLS", why));
         }
         let builder = ClientConfig::builder_with_provider(self.provider)
             .with_safe_default_protocol_versions()
             .map_err(|error| Error::invalid("TLS", error))?
-            .with_root_certificates(self.roots);
+            .with_root_certificates(roots);
         let (client, mut config) = match self.identity {
             Some(identity) => {
                 let identity = Arc::new(SingleCertAndKey::from(identity));
@@ -202,15 +286,6 @@ impl TlsConfig {
             client,
             server_name: self.server_name,
         })
-    }
-
-    fn trust(mut self, what: &str, pem: &[u8]) -> Result<Self, Error> {
-        for (n, certificate) in certificates(what, pem)?.into_iter().enumerate() {
-            self.roots
-                .add(certificate)
-                .map_err(|error| invalid(what, format!("certificate {}: {error}", n + 1)))?;
-        }
-        Ok(self)
     }
 
     fn identify(
@@ -248,6 +323,8 @@ impl fmt::Debug for TlsConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TlsConfig")
             .field("roots", &self.roots.len())
+            .field("files", &self.files())
+            .field("reload", &self.reload)
             .field("identity", &self.identity.is_some())
             .field("server_name", &self.server_name)
             .finish_non_exhaustive()
@@ -306,6 +383,18 @@ fn parse_name(name: &str) -> Result<ServerName<'static>, Error> {
     })
 }
 
+/// Certificates that can be roots.
+fn roots(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let found = certificates(what, pem)?;
+    let mut store = RootCertStore::empty();
+    for (n, certificate) in found.iter().enumerate() {
+        store
+            .add(certificate.clone())
+            .map_err(|error| invalid(what, format!("certificate {}: {error}", n + 1)))?;
+    }
+    Ok(found)
+}
+
 fn certificates(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
     let found: Vec<_> = CertificateDer::pem_slice_iter(pem)
         .collect::<Result<_, _>>()
@@ -316,11 +405,15 @@ fn certificates(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, 
     }
 }
 
-fn read(what: &str, path: &Path) -> Result<Vec<u8>, Error> {
-    fs::read(path).map_err(|error| {
+fn read(what: &str, path: &Path) -> Result<Kept, Error> {
+    let contents = fs::read(path).map_err(|error| {
         Error::new(Kind::Invalid)
             .with_reason(format!("{what} {}", path.display()))
             .with_source(error)
+    })?;
+    Ok(Kept {
+        path: path.to_owned(),
+        contents,
     })
 }
 

@@ -28,6 +28,10 @@ use crate::{
 /// How long one attempt may take: as long as gRPC's.
 const ATTEMPT: Duration = Duration::from_secs(20);
 
+/// Over how long it is spread that connections are replaced because of other certificates: a thousand handshakes are a
+/// second of processor time on each side.
+const RENEWAL: Duration = Duration::from_secs(5);
+
 struct Keeper {
     set: Weak<Set>,
     common: Arc<Common>,
@@ -36,6 +40,9 @@ struct Keeper {
     dial: Option<Dial>,
     /// Calls wait for a connection that could not be had yet.
     put_off: bool,
+    /// Of the connector's TLS configurations the last one known of, and when connections of earlier ones are replaced.
+    tls: u64,
+    renewal: Option<Instant>,
     /// Attempts that failed in a row, and until when there is no new one.
     failures: u32,
     pause: Option<Instant>,
@@ -45,6 +52,7 @@ struct Keeper {
 struct Dial {
     /// In whose place.
     replaces: Option<Arc<Core>>,
+    tls: u64,
     attempt: Pin<Box<dyn Future<Output = Result<Connection, Error>> + Send>>,
 }
 
@@ -57,9 +65,12 @@ pub(super) fn run(
         set: Arc::downgrade(set),
         common: set.common.clone(),
         sizing: Sizing::new(connector.size),
-        connector,
         dial: None,
         put_off: false,
+        // Another may be in force since the first connection was begun.
+        tls: set.open.load().iter().map(|m| m.tls).min().unwrap_or(0),
+        renewal: None,
+        connector,
         failures: 0,
         pause: None,
     }
@@ -99,6 +110,11 @@ impl Keeper {
                 result = dialled => self.dialled(result),
                 () = self.common.news() => crowd = heard && !self.common.hears_of_crowds(),
                 () = look_again => {}
+                () = self.connector.tls_changed(self.tls) => {
+                    self.tls = self.connector.tls_number();
+                    let at = Instant::now() + RENEWAL.mul_f64(fastrand::f64());
+                    self.renewal = Some(self.renewal.map_or(at, |before| before.min(at)));
+                }
             }
         }
     }
@@ -120,9 +136,13 @@ impl Keeper {
                 && open.iter().all(|m| !m.connection.core.has_slot()),
         };
         self.put_off = seen.full;
+        if open.iter().all(|member| member.tls >= self.tls) {
+            self.renewal = None;
+        }
+        let outdated = |member: &Member| self.renewal.filter(|_| member.tls < self.tls);
         let due = open
             .iter()
-            .filter_map(|m| Some((m.due?, &m.connection.core)))
+            .filter_map(|m| Some((earlier(m.due, outdated(m))?, &m.connection.core)))
             .min_by_key(|(due, _)| *due);
         let mut next = due.map(|(due, _)| due);
         let free = self.dial.is_none() && self.pause.is_none_or(|pause| pause <= now);
@@ -161,6 +181,7 @@ impl Keeper {
             return;
         }
         let (connector, common) = (self.connector.clone(), self.common.clone());
+        let tls = connector.tls_number();
         let attempt = async move {
             let open = connector.open(&common);
             // Resolvers and dialers of one's own may panic.
@@ -172,12 +193,13 @@ impl Keeper {
         };
         self.dial = Some(Dial {
             replaces,
+            tls,
             attempt: Box::pin(attempt),
         });
     }
 
     fn dialled(&mut self, result: Result<Connection, Error>) {
-        let Some(Dial { replaces, .. }) = self.dial.take() else {
+        let Some(Dial { replaces, tls, .. }) = self.dial.take() else {
             return;
         };
         match (result, self.set.upgrade()) {
@@ -186,7 +208,7 @@ impl Keeper {
                 self.failures = 0;
                 self.pause = None;
                 self.put_off = false;
-                let new = Member::new(connection, &self.connector);
+                let new = Member::new(connection, &self.connector, tls);
                 tracing::debug!(address = %self.common.to.address, replaces = replaces.is_some(), "another connection is open");
                 match replaces {
                     Some(old) => {
