@@ -1,4 +1,4 @@
-//! `cargo bench --bench compare [-- pool | layers | updates | loopback | connections | bytes | instructions]`: every figure that the crate is judged
+//! `cargo bench --bench compare [-- pool | layers | updates | loopback | connections | bytes | ends | instructions]`: every figure that the crate is judged
 //! by, against what a user would pick instead, in one run of a few minutes.
 //!
 //! Shared machines stall often. So the candidates take turns, slice by slice; of several short slices in
@@ -14,6 +14,7 @@ mod support;
 
 mod bytes;
 mod connections;
+mod ends;
 mod instructions;
 mod layers;
 mod loopback;
@@ -46,6 +47,7 @@ fn main() {
         ("loopback", loopback::run),
         ("connections", connections::run),
         ("bytes", bytes::run),
+        ("ends", ends::run),
         ("instructions", instructions::run),
     ] {
         if wanted(group) {

@@ -53,6 +53,13 @@ pub(crate) fn allocations(run: impl FnOnce()) -> u64 {
     allocation_counter::measure(run).count_total
 }
 
+/// How many bytes are kept, on this thread, of what `make` makes; and that.
+pub(crate) fn kept<T>(make: impl FnOnce() -> T) -> (i64, T) {
+    let mut made = None;
+    let info = allocation_counter::measure(|| made = Some(make()));
+    (info.bytes_current, made.expect("it was made"))
+}
+
 /// Allocations a call, of a number of calls that `run` makes on this thread.
 pub(crate) fn allocations_a_call(run: impl Fn(u64)) -> f64 {
     const CALLS: u64 = 10_000;

@@ -22,6 +22,9 @@ use super::echo::{
 /// How many servers a process that is started with it runs, instead of the bench.
 const ROLE: &str = "SWITCHBOARD_BENCH_SERVERS";
 
+/// In place of a number: one server, that allows any number of calls on a connection.
+const ROOMY: &str = "roomy";
+
 /// A process with tonic servers, ended when this is dropped.
 pub(crate) struct Servers {
     process: Child,
@@ -31,8 +34,17 @@ pub(crate) struct Servers {
 impl Servers {
     /// Starts this very program anew, as `count` servers on free ports, and waits until they listen.
     pub(crate) fn start(count: usize) -> Self {
+        Self::start_with(count, &count.to_string())
+    }
+
+    /// One that allows any number of calls on a connection.
+    pub(crate) fn start_roomy() -> Self {
+        Self::start_with(1, ROOMY)
+    }
+
+    fn start_with(count: usize, role: &str) -> Self {
         let mut process = Command::new(env::current_exe().expect("this program has a path"))
-            .env(ROLE, count.to_string())
+            .env(ROLE, role)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -69,10 +81,13 @@ impl Drop for Servers {
 
 /// First in a bench's `main`: in a process that was started as servers, runs them and does not return.
 pub(crate) fn run_if_asked() {
-    let Ok(count) = env::var(ROLE) else {
+    let Ok(role) = env::var(ROLE) else {
         return;
     };
-    let count = count.parse().expect("a number of servers");
+    let (count, streams) = match &*role {
+        ROOMY => (1, Some(u32::MAX)),
+        count => (count.parse().expect("a number of servers"), None),
+    };
     // A parent that is gone, in whatever way, has closed our stdin.
     thread::spawn(|| {
         let _ = io::stdin().read(&mut [0]);
@@ -83,18 +98,22 @@ pub(crate) fn run_if_asked() {
         .enable_all()
         .build()
         .expect("a runtime");
-    runtime.block_on(serve(count));
+    runtime.block_on(serve(count, streams));
     std::process::exit(0);
 }
 
-async fn serve(count: usize) {
+async fn serve(count: usize, streams: Option<u32>) {
     let mut servers = JoinSet::new();
     for _ in 0..count {
         // All of 127.0.0.0/8 leads here: so one server can stand for thousands, each at an address of its own.
         let listener = TcpListener::bind("0.0.0.0:0").await.expect("a free port");
         let port = listener.local_addr().expect("its address").port();
         println!("127.0.0.1:{port}");
-        let server = Server::builder().add_service(EchoServer::new(Answering));
+        let mut server = Server::builder();
+        if streams.is_some() {
+            server = server.max_concurrent_streams(streams);
+        }
+        let server = server.add_service(EchoServer::new(Answering));
         servers.spawn(async move {
             // As tonic's own listener does.
             let incoming = TcpListenerStream::new(listener)
