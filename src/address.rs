@@ -2,7 +2,10 @@
 //!
 //! Apart from the transport, which dials them, because a session is checked where there is no transport.
 
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV6};
+use std::{
+    fmt,
+    net::{Ipv4Addr, SocketAddr, SocketAddrV6},
+};
 
 use crate::error::{Error, Kind};
 
@@ -79,6 +82,16 @@ impl<'a> Address<'a> {
 }
 
 // === impl HostPort ===
+
+impl fmt::Display for HostPort<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (host, port) = (self.host, self.port);
+        match host.contains(':') {
+            true => write!(f, "[{host}]:{port}"),
+            false => write!(f, "{host}:{port}"),
+        }
+    }
+}
 
 impl<'a> HostPort<'a> {
     pub(crate) fn parse(text: &'a str) -> Result<Self, Error> {

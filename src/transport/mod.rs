@@ -38,7 +38,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 pub use self::health::HealthCheck;
 #[cfg(feature = "tls")]
 pub use self::tls::{TlsConfig, TlsReloader};
-pub use self::{body::Body, connection::Connection, request::ResponseFuture, several::Connections};
+pub use self::{
+    body::Body, connection::Connection, dial::Proxy, request::ResponseFuture, several::Connections,
+};
 use self::{common::Common, dial::Dialer, polite::Polite, several::Size};
 use crate::{
     backoff::check_duration,
@@ -314,6 +316,14 @@ impl Connector {
         F: Future<Output = io::Result<Vec<SocketAddr>>> + Send + 'static,
     {
         self.dialer.set_resolver(resolver);
+        self
+    }
+
+    /// Connects through a proxy, or straight again with `None`. Default: straight, whatever the environment says;
+    /// [`Proxy::from_env`] asks it. Neither Unix domain sockets nor streams of [`Connector::dial_with`] are proxied.
+    #[must_use]
+    pub fn proxy(mut self, proxy: impl Into<Option<Proxy>>) -> Self {
+        self.dialer.set_proxy(proxy.into());
         self
     }
 

@@ -1,5 +1,7 @@
-//! From an address to a byte stream: over TCP, over a Unix domain socket, or by a program's own means.
+//! From an address to a byte stream: over TCP, straight or through a proxy, over a Unix domain socket, or by a program's
+//! own means.
 
+mod proxy;
 mod stream;
 mod tcp;
 mod unix;
@@ -8,8 +10,12 @@ use std::{any::Any, fmt, future::Future, io, net::SocketAddr, panic::AssertUnwin
 
 use futures_util::FutureExt as _;
 use http::uri::Authority;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+};
 
+pub use self::proxy::Proxy;
 pub(super) use self::stream::Stream;
 use crate::{
     address::{Address, HostPort},
@@ -26,6 +32,7 @@ pub(super) struct Dialer {
     authority: Option<Authority>,
     resolver: Option<Arc<Resolver>>,
     own: Option<Arc<Own>>,
+    proxy: Option<Arc<Proxy>>,
 }
 
 type Resolver =
@@ -47,6 +54,8 @@ enum To {
     Literal(SocketAddr),
     /// Resolved anew by each attempt.
     Name(Box<str>, u16),
+    /// Through the proxy, which resolves it.
+    Proxied(Box<str>),
     /// The path of a Unix domain socket; a zero byte and its name if it is abstract.
     Local(Box<str>),
     /// Whatever the program's own dialer makes of the address.
@@ -92,6 +101,10 @@ impl Dialer {
         }));
     }
 
+    pub(super) fn set_proxy(&mut self, proxy: Option<Proxy>) {
+        self.proxy = proxy.map(Arc::new);
+    }
+
     /// Takes an address apart. A program's own dialer may know others than we do.
     pub(super) fn destination(&self, address: &str) -> Result<Destination, Error> {
         let (to, known_as) = match (Address::parse(address), &self.own) {
@@ -101,7 +114,14 @@ impl Dialer {
             (Ok(parsed), None) => {
                 parsed.check_platform(address, cfg!(unix), unix::HAS_ABSTRACT)?;
                 match parsed {
-                    Address::HostPort(at) => (To::host(at), authority_of(address, at)?),
+                    Address::HostPort(at) => {
+                        let proxied = self.proxy.as_ref().is_some_and(|proxy| proxy.is_for(&at));
+                        let to = match proxied {
+                            true => To::Proxied(address.into()),
+                            false => To::host(at),
+                        };
+                        (to, authority_of(address, at)?)
+                    }
                     Address::Unix(path) => {
                         (To::Local(path.into()), Authority::from_static(LOCALHOST))
                     }
@@ -123,10 +143,11 @@ impl Dialer {
     pub(super) async fn dial(&self, destination: &Destination) -> Result<Stream, Error> {
         match (&destination.to, &self.own) {
             (To::Literal(address), _) => tcp::connect_to_any(vec![*address]).await.map(Stream::Tcp),
-            (To::Name(host, port), _) => {
-                let found = self.resolve(host, *port).await?;
-                tcp::connect_to_any(found).await.map(Stream::Tcp)
-            }
+            (To::Name(host, port), _) => self.dial_name(host, *port).await.map(Stream::Tcp),
+            (To::Proxied(address), _) => match &self.proxy {
+                Some(proxy) => proxy.connect(HostPort::parse(address)?, self).await,
+                None => Err(Error::new(Kind::Internal).with_reason("the proxy is another's")),
+            },
             (To::Local(path), _) => unix::connect(path).await,
             (To::Own, Some(own)) => match guarded(|| own(destination.address.to_string())).await {
                 Ok(Ok(stream)) => Ok(stream),
@@ -137,6 +158,18 @@ impl Dialer {
                 Err(Error::new(Kind::Internal).with_reason("the dialer is another's"))
             }
         }
+    }
+
+    async fn dial_tcp(&self, at: HostPort<'_>) -> Result<TcpStream, Error> {
+        match at.literal() {
+            Some(address) => tcp::connect_to_any(vec![address]).await,
+            None => self.dial_name(at.host, at.port).await,
+        }
+    }
+
+    async fn dial_name(&self, host: &str, port: u16) -> Result<TcpStream, Error> {
+        let found = self.resolve(host, port).await?;
+        tcp::connect_to_any(found).await
     }
 
     async fn resolve(&self, host: &str, port: u16) -> Result<Vec<SocketAddr>, Error> {
@@ -159,6 +192,7 @@ impl fmt::Debug for Dialer {
             .field("authority", &self.authority)
             .field("resolver", &self.resolver.is_some())
             .field("own", &self.own.is_some())
+            .field("proxy", &self.proxy)
             .finish()
     }
 }

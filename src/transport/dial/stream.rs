@@ -6,6 +6,7 @@ use std::{
     task::{Context, Poll},
 };
 
+use bytes::{Buf as _, Bytes};
 #[cfg(unix)]
 use tokio::net::UnixStream;
 use tokio::{
@@ -42,7 +43,23 @@ macro_rules! each {
     };
 }
 
+/// A connection through a proxy, and what was read of it already.
+struct After {
+    ahead: Bytes,
+    io: TcpStream,
+}
+
 // === impl Stream ===
+
+impl Stream {
+    /// The same with these bytes, which came from it, to be read first.
+    pub(super) fn after(ahead: Bytes, io: TcpStream) -> Self {
+        match ahead.is_empty() {
+            true => Self::Tcp(io),
+            false => Self::Other(Box::new(After { ahead, io })),
+        }
+    }
+}
 
 impl AsyncRead for Stream {
     fn poll_read(
@@ -92,5 +109,53 @@ impl fmt::Debug for Stream {
             Self::Unix(io) => f.debug_tuple("Unix").field(io).finish(),
             Self::Other(_) => f.debug_tuple("Other").finish_non_exhaustive(),
         }
+    }
+}
+
+// === impl After ===
+
+impl AsyncRead for After {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if !self.ahead.is_empty() {
+            let n = self.ahead.len().min(buf.remaining());
+            buf.put_slice(&self.ahead[..n]);
+            self.ahead.advance(n);
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for After {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
     }
 }
