@@ -7,7 +7,7 @@ use std::{
     collections::HashSet,
     future::Future,
     io,
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
     pin::Pin,
     sync::{
@@ -644,4 +644,52 @@ async fn without_alpn(ca: &Ca) -> (String, JoinSet<()>) {
         }
     });
     (address, task)
+}
+
+#[tokio::test]
+async fn options_of_tcp_are_those_of_the_socket() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let from = Ipv4Addr::new(127, 0, 0, 2);
+    let connector = Connector::new()
+        .tcp_keepalive(Some(Duration::from_secs(61)))
+        .and_then(|connector| connector.tcp_user_timeout(Some(Duration::from_secs(7))))
+        .unwrap()
+        .local_address(IpAddr::from(from));
+    let address_text = address.to_string();
+    let connecting = connector.connect_to(&address_text);
+    tokio::pin!(connecting);
+    let (_accepted, peer) = tokio::select! {
+        accepted = listener.accept() => accepted.unwrap(),
+        result = &mut connecting => panic!("{result:?}"),
+    };
+    assert_eq!(peer.ip(), from);
+    #[cfg(target_os = "linux")]
+    {
+        let timers = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        let local = format!("0200007F:{:04X}", peer.port());
+        let line = timers
+            .lines()
+            .find(|line| line.split_whitespace().nth(1) == Some(&local));
+        // Timer 2 is that of TCP's keepalive; without it there would be none on a socket that is still.
+        assert!(line.is_some(), "{timers}");
+    }
+
+    // Out of bounds, or where there is none of its family, it is refused.
+    let short = Some(Duration::from_millis(9));
+    assert!(Connector::new().tcp_keepalive(short).is_err());
+    assert!(Connector::new().tcp_user_timeout(short).is_err());
+    let v6 = Connector::new().local_address(IpAddr::from(std::net::Ipv6Addr::LOCALHOST));
+    let error = v6.connect_to(&address_text).await.unwrap_err().to_string();
+    assert!(error.contains("from ::1: none is of its family"), "{error}");
+    let elsewhere = Connector::new().local_address(IpAddr::from([192, 0, 2, 1]));
+    let error = elsewhere
+        .connect_to(&address_text)
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("not bound to the local address 192.0.2.1"),
+        "{error}"
+    );
 }

@@ -39,11 +39,6 @@ pub struct Connection {
     pub(super) serves: bool,
 }
 
-/// The largest frame that a peer may send, in bytes. HTTP/2's own 16 KiB is many reads and many heads: answers of 1 MiB took
-/// two thirds of the processor time with this, and hardly less with 1 MiB. For one that is larger, other calls' answers wait
-/// longer: at 1 Gbit/s this is half a millisecond.
-const FRAME: u32 = 64 << 10;
-
 /// How much h2 may keep for the sake of small messages that nobody has read, in bytes by its own account of 256 for each
 /// at most: a quarter of a million of them.
 const UNREAD_FRAMES: usize = 64 << 20;
@@ -69,7 +64,10 @@ impl Connection {
         };
         let (send, mut connection) = h2::client::Builder::new()
             .enable_push(false)
-            .max_frame_size(FRAME)
+            // HTTP/2's own 16 KiB are many reads and many heads: answers of 1 MiB take two thirds of the processor time
+            // with 64 KiB, and hardly less with 1 MiB. While one comes, other calls' answers wait.
+            .max_frame_size(config.max_frame_size)
+            .header_table_size(config.header_table_size)
             .initial_window_size(config.stream_window)
             .initial_connection_window_size(config.connection_window)
             // h2's guards against hostile peers count what honest ones do too: small messages that nobody has read

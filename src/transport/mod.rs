@@ -6,7 +6,8 @@
 //! moves frames to and from the socket, and a second watches that the peer still answers.
 //!
 //! A peer has one connection at first, and more where that pays: [`Connections`] is the service over all of them.
-//! [`Connector`] makes both; a [`Pool`](crate::Pool) does so by itself.
+//! [`Connector`] makes both; a [`Pool`](crate::Pool) does so by itself. Where each option of tonic's `Endpoint` is, says
+//! [`from_tonic`].
 
 mod body;
 mod common;
@@ -14,6 +15,7 @@ mod connection;
 mod core;
 mod dial;
 mod frames;
+pub mod from_tonic;
 #[cfg(feature = "health")]
 mod health;
 mod identity;
@@ -29,7 +31,13 @@ mod socket;
 #[cfg(feature = "tls")]
 mod tls;
 
-use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use http::{HeaderMap, HeaderValue, uri::Scheme};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -86,6 +94,8 @@ pub struct Connector {
     pub(crate) keepalive_while_idle: bool,
     pub(crate) stream_window: u32,
     pub(crate) connection_window: u32,
+    max_frame_size: u32,
+    header_table_size: u32,
     pub(crate) user_agent: HeaderValue,
     pub(crate) max_header_list_size: usize,
     dialer: Dialer,
@@ -109,6 +119,8 @@ impl Connector {
             keepalive_while_idle: true,
             stream_window: 2 << 20,
             connection_window: 8 << 20,
+            max_frame_size: 64 << 10,
+            header_table_size: 4096,
             user_agent: HeaderValue::from_static(concat!(
                 "switchboard/",
                 env!("CARGO_PKG_VERSION")
@@ -177,6 +189,37 @@ impl Connector {
         }
         self.stream_window = stream;
         self.connection_window = connection;
+        Ok(self)
+    }
+
+    /// How large the frames of HTTP/2 may be that a peer sends, in bytes; it need not use it. Default 65,536; 16,384, the
+    /// least that there is, to 16,777,215. What we send goes by what the peer allows.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) outside these bounds.
+    pub fn max_frame_size(mut self, bytes: u32) -> Result<Self, Error> {
+        if !(16_384..=16_777_215).contains(&bytes) {
+            let why = format!("{bytes} is not between 16,384 and 16,777,215 bytes");
+            return Err(Error::invalid("largest frame", why));
+        }
+        self.max_frame_size = bytes;
+        Ok(self)
+    }
+
+    /// How much of the headers that a peer sends it may have us keep, so that it need not send them again
+    /// ([RFC 7541](https://www.rfc-editor.org/rfc/rfc7541)), in bytes and for each connection. Default 4,096, as HTTP/2 has
+    /// it; 0, which turns that off, to 1 MiB.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) outside these bounds.
+    pub fn header_table_size(mut self, bytes: u32) -> Result<Self, Error> {
+        if bytes > 1 << 20 {
+            let why = format!("{bytes} is not between 0 and 1,048,576 bytes");
+            return Err(Error::invalid("header table", why));
+        }
+        self.header_table_size = bytes;
         Ok(self)
     }
 
@@ -316,6 +359,49 @@ impl Connector {
         F: Future<Output = io::Result<Vec<SocketAddr>>> + Send + 'static,
     {
         self.dialer.set_resolver(resolver);
+        self
+    }
+
+    /// TCP's own keepalive: when nothing came for so long, the system asks the peer; what follows is as the system is
+    /// set. Default `None`, off: [`Connector::keepalive`] finds out sooner, and finds a hung process too. 1 s to 1 day.
+    ///
+    /// It keeps what stands between from forgetting a connection, where pings are not welcome.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) outside these bounds.
+    pub fn tcp_keepalive(mut self, after: Option<Duration>) -> Result<Self, Error> {
+        if let Some(after) = after {
+            let (least, most) = (Duration::from_secs(1), crate::Backoff::LONGEST);
+            check_duration("TCP keepalive", after, least, most)?;
+        }
+        self.dialer.tcp.keepalive = after;
+        Ok(self)
+    }
+
+    /// How long what was sent may go unacknowledged by the peer's system until a connection is lost (`TCP_USER_TIMEOUT`,
+    /// [RFC 5482](https://www.rfc-editor.org/rfc/rfc5482)). Only Linux and Android have it; elsewhere it is without
+    /// effect. Default `None`, as the system is set, which is often about 15 minutes. 10 ms to 1 day.
+    ///
+    /// [`Connector::keepalive`] bounds the same, and more, by its own time; this is for where that is off.
+    ///
+    /// # Errors
+    ///
+    /// [`Kind::Invalid`](crate::Kind::Invalid) outside these bounds.
+    pub fn tcp_user_timeout(mut self, timeout: Option<Duration>) -> Result<Self, Error> {
+        if let Some(timeout) = timeout {
+            let (least, most) = (Duration::from_millis(10), crate::Backoff::LONGEST);
+            check_duration("TCP user timeout", timeout, least, most)?;
+        }
+        self.dialer.tcp.user_timeout = timeout;
+        Ok(self)
+    }
+
+    /// The address of this machine that connections come from; of a peer's addresses those of the same family are
+    /// tried. Default `None`: the system chooses.
+    #[must_use]
+    pub fn local_address(mut self, address: impl Into<Option<IpAddr>>) -> Self {
+        self.dialer.tcp.local = address.into();
         self
     }
 

@@ -17,6 +17,7 @@ use tokio::{
 
 pub use self::proxy::Proxy;
 pub(super) use self::stream::Stream;
+use self::tcp::Tcp;
 use crate::{
     address::{Address, HostPort},
     endpoint::BoxFuture,
@@ -33,6 +34,7 @@ pub(super) struct Dialer {
     resolver: Option<Arc<Resolver>>,
     own: Option<Arc<Own>>,
     proxy: Option<Arc<Proxy>>,
+    pub(super) tcp: Tcp,
 }
 
 type Resolver =
@@ -142,7 +144,11 @@ impl Dialer {
     /// One attempt. Dropping the future closes what was opened.
     pub(super) async fn dial(&self, destination: &Destination) -> Result<Stream, Error> {
         match (&destination.to, &self.own) {
-            (To::Literal(address), _) => tcp::connect_to_any(vec![*address]).await.map(Stream::Tcp),
+            (To::Literal(address), _) => self
+                .tcp
+                .connect_to_any(vec![*address])
+                .await
+                .map(Stream::Tcp),
             (To::Name(host, port), _) => self.dial_name(host, *port).await.map(Stream::Tcp),
             (To::Proxied(address), _) => match &self.proxy {
                 Some(proxy) => proxy.connect(HostPort::parse(address)?, self).await,
@@ -162,14 +168,14 @@ impl Dialer {
 
     async fn dial_tcp(&self, at: HostPort<'_>) -> Result<TcpStream, Error> {
         match at.literal() {
-            Some(address) => tcp::connect_to_any(vec![address]).await,
+            Some(address) => self.tcp.connect_to_any(vec![address]).await,
             None => self.dial_name(at.host, at.port).await,
         }
     }
 
     async fn dial_name(&self, host: &str, port: u16) -> Result<TcpStream, Error> {
         let found = self.resolve(host, port).await?;
-        tcp::connect_to_any(found).await
+        self.tcp.connect_to_any(found).await
     }
 
     async fn resolve(&self, host: &str, port: u16) -> Result<Vec<SocketAddr>, Error> {
@@ -193,6 +199,7 @@ impl fmt::Debug for Dialer {
             .field("resolver", &self.resolver.is_some())
             .field("own", &self.own.is_some())
             .field("proxy", &self.proxy)
+            .field("tcp", &self.tcp)
             .finish()
     }
 }

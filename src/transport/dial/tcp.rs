@@ -1,44 +1,99 @@
 //! TCP: all the addresses of a name, one soon after the other.
 
-use std::{collections::VecDeque, fmt::Write as _, io, net::SocketAddr, time::Duration};
+use std::{
+    collections::VecDeque,
+    fmt::Write as _,
+    io,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
-use tokio::{net::TcpStream, time};
+use socket2::{SockRef, TcpKeepalive};
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    time,
+};
 
 use crate::error::{Error, Kind};
 
 /// How long one address may be alone in being tried; gRFC A61 and RFC 8305 say 250 ms.
 const STAGGER: Duration = Duration::from_millis(250);
 
-/// Connects to the first of these that answers: each is tried once the one before it has failed, or has had
-/// its time.
-pub(super) async fn connect_to_any(addresses: Vec<SocketAddr>) -> Result<TcpStream, Error> {
-    let mut left = in_turn(addresses);
-    if left.is_empty() {
-        return Err(Error::new(Kind::ConnectionLost).with_reason("the name has no address"));
-    }
-    let mut under_way = FuturesUnordered::new();
-    let mut failed: Vec<(SocketAddr, io::Error)> = Vec::new();
-    loop {
-        if let Some(next) = left.pop_front() {
-            under_way.push(async move { (next, TcpStream::connect(next).await) });
+/// How TCP connections are made. `TCP_NODELAY` is always set: calls are small, and each waits for its answer.
+#[derive(Clone, Debug, Default)]
+pub(in crate::transport) struct Tcp {
+    pub(in crate::transport) keepalive: Option<Duration>,
+    pub(in crate::transport) user_timeout: Option<Duration>,
+    pub(in crate::transport) local: Option<IpAddr>,
+}
+
+// === impl Tcp ===
+
+impl Tcp {
+    /// Connects to the first of these that answers: each is tried once the one before it has failed, or has had
+    /// its time.
+    pub(super) async fn connect_to_any(
+        &self,
+        mut addresses: Vec<SocketAddr>,
+    ) -> Result<TcpStream, Error> {
+        let lost = |why: String| Err(Error::new(Kind::ConnectionLost).with_reason(why));
+        if addresses.is_empty() {
+            return lost("the name has no address".to_owned());
         }
-        let result = tokio::select! {
-            result = under_way.next() => result,
-            () = time::sleep(STAGGER), if !left.is_empty() => continue,
-        };
-        match result {
-            Some((_, Ok(stream))) => {
-                stream.set_nodelay(true).map_err(|error| {
-                    Error::new(Kind::ConnectionLost)
-                        .with_reason("TCP_NODELAY was refused")
-                        .with_source(error)
-                })?;
-                return Ok(stream);
+        if let Some(local) = self.local {
+            addresses.retain(|address| address.is_ipv4() == local.is_ipv4());
+            if addresses.is_empty() {
+                return lost(format!(
+                    "no address of the peer can be reached from {local}: none is of its family"
+                ));
             }
-            Some((address, Err(error))) => failed.push((address, error)),
-            None => return Err(all_failed(&failed)),
         }
+        let mut left = in_turn(addresses);
+        let mut under_way = FuturesUnordered::new();
+        let mut failed: Vec<(SocketAddr, io::Error)> = Vec::new();
+        loop {
+            if let Some(next) = left.pop_front() {
+                under_way.push(async move { (next, self.connect_to(next).await) });
+            }
+            let result = tokio::select! {
+                result = under_way.next() => result,
+                () = time::sleep(STAGGER), if !left.is_empty() => continue,
+            };
+            match result {
+                Some((_, Ok(stream))) => return Ok(stream),
+                Some((address, Err(error))) => failed.push((address, error)),
+                None => return Err(all_failed(&failed)),
+            }
+        }
+    }
+
+    async fn connect_to(&self, address: SocketAddr) -> io::Result<TcpStream> {
+        let socket = match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4(),
+            SocketAddr::V6(_) => TcpSocket::new_v6(),
+        }?;
+        // What fails here would read as if the peer had done it.
+        let said = |what: &str, result: io::Result<()>| {
+            result.map_err(|error| io::Error::other(format!("{what}: {}", words(&error))))
+        };
+        if let Some(after) = self.keepalive {
+            let keepalive = TcpKeepalive::new().with_time(after);
+            let set = SockRef::from(&socket).set_tcp_keepalive(&keepalive);
+            said("TCP keepalive was not set", set)?;
+        }
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        if let Some(timeout) = self.user_timeout {
+            let set = SockRef::from(&socket).set_tcp_user_timeout(Some(timeout));
+            said("TCP_USER_TIMEOUT was not set", set)?;
+        }
+        if let Some(local) = self.local {
+            let what = format!("not bound to the local address {local}");
+            said(&what, socket.bind(SocketAddr::new(local, 0)))?;
+        }
+        let stream = socket.connect(address).await?;
+        said("TCP_NODELAY was not set", stream.set_nodelay(true))?;
+        Ok(stream)
     }
 }
 
@@ -122,7 +177,10 @@ mod tests {
         let refuses = refusing.local_addr().unwrap();
         drop(refusing);
         let began = time::Instant::now();
-        let stream = connect_to_any(vec![refuses, refuses, live]).await.unwrap();
+        let stream = Tcp::default()
+            .connect_to_any(vec![refuses, refuses, live])
+            .await
+            .unwrap();
         assert_eq!(stream.peer_addr().unwrap(), live);
         assert!(stream.nodelay().unwrap());
         assert!(began.elapsed() < STAGGER, "{:?}", began.elapsed());
@@ -146,7 +204,10 @@ mod tests {
             })
             .collect();
         let began = time::Instant::now();
-        let stream = connect_to_any(vec![silent, live]).await.unwrap();
+        let stream = Tcp::default()
+            .connect_to_any(vec![silent, live])
+            .await
+            .unwrap();
         assert_eq!(stream.peer_addr().unwrap(), live);
         let took = began.elapsed();
         assert!(took >= STAGGER && took < 4 * STAGGER, "{took:?}");
@@ -159,11 +220,14 @@ mod tests {
             listener.local_addr().unwrap()
         };
         let (one, two) = (closed(), closed());
-        let error = connect_to_any(vec![one, two]).await.unwrap_err();
+        let error = Tcp::default()
+            .connect_to_any(vec![one, two])
+            .await
+            .unwrap_err();
         let expected =
             format!("all 2 addresses failed: {one} connection refused, {two} connection refused");
         assert_eq!(error.reason(), Some(expected));
-        let error = connect_to_any(Vec::new()).await.unwrap_err();
+        let error = Tcp::default().connect_to_any(Vec::new()).await.unwrap_err();
         assert!(error.to_string().contains("no address"), "{error}");
     }
 }
