@@ -54,12 +54,13 @@ struct Current {
 /// Where it came from, to be looked at again.
 struct Files {
     every: Duration,
+    /// When they are looked at next.
+    due: Mutex<Instant>,
     recipe: TlsConfig,
     looked: AsyncMutex<Looked>,
 }
 
 struct Looked {
-    last: Instant,
     /// What they held when they were last of use.
     contents: Vec<Vec<u8>>,
     /// Why they were not when they were last looked at: told once.
@@ -111,15 +112,16 @@ impl TlsReloader {
     pub(in crate::transport) async fn changed(&self, since: u64) {
         let mut numbers = self.0.number.subscribe();
         while *numbers.borrow_and_update() <= since {
-            let every = self.lock().files.as_ref().map(|files| files.every);
-            let Some(every) = every else {
+            let due = self.lock().files.as_ref().map(Files::due);
+            let Some(due) = due else {
                 // Its sender is ours.
                 let _ = numbers.changed().await;
                 continue;
             };
             tokio::select! {
                 _ = numbers.changed() => {}
-                () = time::sleep(every) => self.look().await,
+                // Not for a while from now on: whoever waits may begin anew more often than that.
+                () = time::sleep_until(due) => self.look().await,
             }
         }
     }
@@ -132,10 +134,10 @@ impl TlsReloader {
             return;
         };
         let mut looked = files.looked.lock().await;
-        if looked.last.elapsed() < files.every {
+        if Instant::now() < files.due() {
             return;
         }
-        looked.last = Instant::now();
+        files.put_off();
         let recipe = files.recipe.clone();
         let read = task::spawn_blocking(move || recipe.read_again()).await;
         let result = match read {
@@ -196,8 +198,8 @@ impl Current {
     fn new(config: TlsConfig, number: u64) -> Result<Self, Error> {
         let files = config.reload.map(|every| Files {
             every,
+            due: Mutex::new(Instant::now() + every),
             looked: AsyncMutex::new(Looked {
-                last: Instant::now(),
                 contents: config.contents(),
                 failed: None,
             }),
@@ -205,6 +207,18 @@ impl Current {
         });
         let tls = config.build()?;
         Ok(Self { tls, number, files })
+    }
+}
+
+// === impl Files ===
+
+impl Files {
+    fn due(&self) -> Instant {
+        *self.due.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn put_off(&self) {
+        *self.due.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now() + self.every;
     }
 }
 
@@ -219,5 +233,45 @@ impl fmt::Debug for Kept {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Some hold keys.
         f.debug_tuple("Kept").field(&self.path).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+
+    use super::*;
+
+    fn root() -> String {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().unwrap();
+        params.self_signed(&key).unwrap().pem()
+    }
+
+    #[tokio::test]
+    async fn files_are_looked_at_by_those_who_wait_but_for_a_moment_each() {
+        let file = std::env::temp_dir().join(format!("switchboard-root-{}", fastrand::u64(..)));
+        fs::write(&file, root()).unwrap();
+        let every = Duration::from_millis(50);
+        let config = TlsConfig::new().ca_file(&file).unwrap().reload_every(every);
+        let reloader = TlsReloader::new(config.unwrap()).unwrap();
+        // Given a file that changes, and somebody who begins to wait anew again and again
+        fs::write(&file, root()).unwrap();
+        let wait = async {
+            while time::timeout(every / 10, reloader.changed(0))
+                .await
+                .is_err()
+            {}
+        };
+        // Then it is seen all the same
+        time::timeout(Duration::from_secs(10), wait).await.unwrap();
+        assert_eq!(reloader.number(), 1);
+        // And what does not change is no change
+        let wait = time::timeout(4 * every, reloader.changed(1));
+        assert!(wait.await.is_err() && reloader.number() == 1);
+        fs::remove_file(&file).unwrap();
     }
 }
