@@ -265,7 +265,7 @@ async fn those_that_are_not_needed_any_more_are_closed_and_no_call_fails() {
 
 // === others in their place ===
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_that_is_too_old_is_replaced_and_finishes_its_calls() {
     let server = EchoServer::start("one");
     let proxy = Proxy::start(server.address).await;

@@ -110,7 +110,12 @@ impl Common {
     pub(super) fn remove(&self, core: &Arc<Core>) {
         {
             let mut life = self.lock();
+            let before = life.alive.len();
             life.alive.retain(|other| !Arc::ptr_eq(other, core));
+            if life.alive.len() == before {
+                // It was never let in.
+                return;
+            }
             life.last = core.why_leaving();
             self.settle(&mut life);
         }
@@ -238,6 +243,8 @@ impl Lifeline for Common {
         for core in alive {
             core.close_because(why.kind(), why.reason());
         }
+        // So that calls hear why before the connections' tasks have ended.
+        self.left();
     }
 
     fn has_served(&self) -> bool {

@@ -158,7 +158,7 @@ impl Connection {
     pub(super) fn poll_usable(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let over = self
             .core
-            .error()
+            .over()
             .or_else(|| self.core.common.identity.error());
         if let Some(error) = over {
             return Poll::Ready(Err(error.with_sent(Sent::Unsent)));

@@ -5,7 +5,7 @@ use std::{
     fmt,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -35,6 +35,9 @@ pub(super) struct Core {
     // The limit is beside the count: whoever reads it has just read or written that.
     slots: Padded<Slots>,
     resets: Resets,
+    settings: AtomicBool,
+    /// Whether keepalive has ever pinged.
+    kept_alive: AtomicBool,
     /// When something was last read, in nanoseconds after `born`.
     last_read: AtomicU64,
     born: Instant,
@@ -69,6 +72,8 @@ impl Core {
             keepalive_interval,
             slots: Padded(Slots::new()),
             resets: Resets::new(),
+            settings: AtomicBool::new(false),
+            kept_alive: AtomicBool::new(false),
             last_read: AtomicU64::new(0),
             born: Instant::now(),
             why_leaving: OnceLock::new(),
@@ -123,7 +128,9 @@ impl Core {
 
     /// The peer has said that it takes no new calls. h2 is about to refuse them.
     pub(super) fn sent_away(&self, said: &GoAway) {
-        if let (true, Some(used)) = (said.minds_pings(), self.keepalive_interval) {
+        // What it minds may have been pings for the sake of cancelled calls.
+        let kept_alive = self.kept_alive.load(Ordering::Relaxed);
+        if let (true, Some(used)) = (kept_alive && said.minds_pings(), self.keepalive_interval) {
             self.common.polite.minds(&self.common.to.address, used);
         }
         self.leave(|| said.to_string());
@@ -146,6 +153,21 @@ impl Core {
             () = self.leaves.cancelled() => {}
             () = self.ended.cancelled() => {}
         }
+    }
+
+    /// The peer has sent settings, which may limit streams otherwise than before. h2 is about to heed them.
+    pub(super) fn settings_came(&self) {
+        self.settings.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it has since this was last asked. Both are of the connection's task.
+    pub(super) fn take_settings(&self) -> bool {
+        self.settings.load(Ordering::Relaxed) && self.settings.swap(false, Ordering::Relaxed)
+    }
+
+    /// Its peer is pinged for its own sake.
+    pub(super) fn keeps_alive(&self) {
+        self.kept_alive.store(true, Ordering::Relaxed);
     }
 
     /// Something was just read.
@@ -180,6 +202,20 @@ impl Core {
                 Some(reason) => error.with_reason(reason.clone()),
                 None => error,
             }
+        })
+    }
+
+    /// The error of a new call, once it takes none.
+    pub(super) fn over(&self) -> Option<Error> {
+        if !self.is_leaving() {
+            return None;
+        }
+        let leaving = || Error::new(Kind::ConnectionLost);
+        self.error().or_else(|| {
+            Some(match self.why_leaving.get() {
+                Some(why) => leaving().with_reason(why.clone()),
+                None => leaving(),
+            })
         })
     }
 

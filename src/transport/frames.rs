@@ -17,6 +17,9 @@ pub(super) struct Frames {
     left: usize,
     /// What there is of the payload of a GOAWAY.
     going: Option<Vec<u8>>,
+    /// This one is of settings; some have come since that was last asked.
+    of_settings: bool,
+    settings: bool,
 }
 
 /// A peer's word that it takes no new calls on this connection (RFC 9113, 6.8).
@@ -30,8 +33,10 @@ pub(super) struct GoAway {
 /// The head of a frame: length, type, flags, stream (RFC 9113, 4.1).
 const HEAD: usize = 9;
 
-/// The type of a GOAWAY.
+/// The types of frames that are looked for, and the flag of one that only says that another was read.
+const SETTINGS: u8 = 4;
 const GOAWAY: u8 = 7;
+const ACK: u8 = 1;
 
 /// The last stream's id and the code, before the words.
 const CODES: usize = 8;
@@ -72,6 +77,7 @@ impl Frames {
             bytes = &bytes[part..];
             if self.left == 0 {
                 self.have = 0;
+                self.settings |= self.of_settings;
                 if let Some(going) = self.going.take() {
                     found = GoAway::parse(&going).or(found);
                 }
@@ -80,9 +86,15 @@ impl Frames {
         found
     }
 
+    /// Whether all of some settings has come since this was last asked.
+    pub(super) fn take_settings(&mut self) -> bool {
+        std::mem::take(&mut self.settings)
+    }
+
     #[inline]
     fn begin(&mut self, head: [u8; HEAD]) {
-        let [a, b, c, kind, ..] = head;
+        let [a, b, c, kind, flags, ..] = head;
+        self.of_settings = kind == SETTINGS && flags & ACK == 0;
         self.have = HEAD;
         self.left = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
         if kind == GOAWAY {
@@ -166,6 +178,21 @@ mod tests {
         odd.splice(.., frame(GOAWAY, &[0, 0, 0, 0, 0, 0, 0, 0, 7, 255]));
         let odd = Frames::default().read(&odd).unwrap();
         assert_eq!(odd.to_string(), format!("{closing}: \\x07\\xff"));
+    }
+
+    #[test]
+    fn settings_are_seen_once_all_of_them_has_come() {
+        let mut frames = Frames::default();
+        let settings = frame(SETTINGS, &[0, 3, 0, 0, 0, 1]);
+        let (some, rest) = settings.split_at(HEAD + 2);
+        assert_eq!(frames.read(some), None);
+        assert!(!frames.take_settings());
+        assert_eq!(frames.read(rest), None);
+        assert!(frames.take_settings() && !frames.take_settings());
+        let mut ack = frame(SETTINGS, &[]);
+        ack[4] = ACK;
+        assert_eq!(frames.read(&[ack, frame(1, &[0; 3])].concat()), None);
+        assert!(!frames.take_settings());
     }
 
     #[test]

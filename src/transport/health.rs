@@ -30,6 +30,9 @@ pub enum HealthCheck {
     Service(Arc<str>),
 }
 
+/// How long it may take that one connection takes another's place.
+const BETWEEN: Duration = Duration::from_millis(5);
+
 /// The watch of one peer, over one of its connections at a time.
 struct Watching {
     connections: Connections,
@@ -94,10 +97,20 @@ impl Watching {
             let Some(answers) = &mut self.answers else {
                 // Asking => (listening | unimplemented | failed)
                 let Some(connection) = self.connections.for_ourselves() else {
-                    // There is none, and will be none: whoever asks learns so otherwise.
-                    return std::future::pending().await;
+                    if self.connections.is_over() {
+                        // Whoever asks learns so otherwise.
+                        return std::future::pending().await;
+                    }
+                    self.pause = Some(BETWEEN);
+                    continue;
                 };
-                match self.ask(connection).await {
+                let over = connection.core.clone();
+                let asked = tokio::select! {
+                    biased;
+                    () = over.leaves() => continue,
+                    asked = self.ask(connection) => asked,
+                };
+                match asked {
                     Ok(answers) => self.answers = Some(answers),
                     Err(status) if status.code() == Code::Unimplemented => {
                         return (Health::Serving, true);
@@ -109,11 +122,11 @@ impl Watching {
             // Listening => (listening | asking elsewhere | failed)
             let answer = tokio::select! {
                 biased;
-                answer = answers.stream.message() => answer,
                 () = answers.over.leaves() => {
                     self.answers = None;
                     continue;
                 }
+                answer = answers.stream.message() => answer,
             };
             match answer {
                 Ok(Some(answer)) => {

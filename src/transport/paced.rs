@@ -73,8 +73,9 @@ where
             _ => {}
         }
         let ended = Pin::new(&mut self.connection).poll(cx);
-        // Only a full house can have anybody waiting.
-        if ended.is_pending() && !self.core.has_slot() {
+        // Only a full house can have anybody waiting; settings may make one.
+        let news = self.core.take_settings() || !self.core.has_slot();
+        if news && ended.is_pending() {
             let connection = &self.connection;
             self.core
                 .note_limit(|| connection.max_concurrent_send_streams());

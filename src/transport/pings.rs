@@ -33,7 +33,7 @@ pub(super) async fn run(core: Arc<Core>, mut pings: PingPong, keepalive: Keepali
             // Quiet => Asked
             tokio::select! {
                 () = core.resets().wanted() => {}
-                () = quiet(&core, &keepalive) => {}
+                () = quiet(&core, &keepalive) => core.keeps_alive(),
             }
             // Asked => (Quiet | dead). The answer is awaited even after another sign of life: h2 has
             // room for one ping at a time.

@@ -71,7 +71,7 @@ enum Pick {
     Picked(Connection),
     /// All streams are in use.
     Full,
-    /// None takes calls any more.
+    /// None of them takes calls any more.
     Over,
 }
 
@@ -122,7 +122,13 @@ impl Connections {
         open.iter().map(|member| member.connection.streams()).sum()
     }
 
-    /// One of them, for questions of our own.
+    /// Whether none takes calls any more, and none will.
+    #[cfg(feature = "health")]
+    pub(super) fn is_over(&self) -> bool {
+        self.set.is_over()
+    }
+
+    /// One of them, for questions of our own; none at the instant at which one takes another's place.
     #[cfg(feature = "health")]
     pub(super) fn for_ourselves(&self) -> Option<Connection> {
         match self.set.pick() {
@@ -140,10 +146,16 @@ impl Connections {
                     self.picked = Some(connection);
                     return Poll::Ready(Ok(()));
                 }
-                Pick::Over => return Poll::Ready(Err(self.set.why_over())),
-                Pick::Full => {
+                Pick::Over if self.set.is_over() => {
+                    return Poll::Ready(Err(self.set.why_over()));
+                }
+                found => {
                     let set = &self.set;
-                    set.common.all_full();
+                    // Otherwise the list has changed since it was loaded, or is about to: a connection leaves when another
+                    // has taken its place.
+                    if matches!(found, Pick::Full) {
+                        set.common.all_full();
+                    }
                     // Woken by a stream that is free, a peer that allows more, or a connection that comes or goes.
                     ready!(
                         self.waiting
@@ -255,6 +267,10 @@ impl Set {
             let limit = || connection.send.current_max_send_streams();
             connection.core.note_limit(limit);
         }
+    }
+
+    fn is_over(&self) -> bool {
+        self.common.why_over().is_some() || self.common.identity.error().is_some()
     }
 
     fn why_over(&self) -> Error {

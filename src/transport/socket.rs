@@ -99,6 +99,9 @@ impl<I: AsyncRead + Unpin> AsyncRead for Socket<I> {
             if let Some(said) = self.frames.read(new) {
                 self.core.sent_away(&said);
             }
+            if self.frames.take_settings() {
+                self.core.settings_came();
+            }
         }
         result
     }

@@ -32,14 +32,15 @@ const ATTEMPT: Duration = Duration::from_secs(20);
 /// second of processor time on each side.
 const RENEWAL: Duration = Duration::from_secs(5);
 
+/// How long nothing is heard of crowds after one that was none.
+const CALM: Duration = Duration::from_millis(5);
+
 struct Keeper {
     set: Weak<Set>,
     common: Arc<Common>,
     connector: Connector,
     sizing: Sizing,
     dial: Option<Dial>,
-    /// Calls wait for a connection that could not be had yet.
-    put_off: bool,
     /// Of the connector's TLS configurations the last one known of, and when connections of earlier ones are replaced.
     tls: u64,
     renewal: Option<Instant>,
@@ -66,7 +67,6 @@ pub(super) fn run(
         common: set.common.clone(),
         sizing: Sizing::new(connector.size),
         dial: None,
-        put_off: false,
         // Another may be in force since the first connection was begun.
         tls: set.open.load().iter().map(|m| m.tls).min().unwrap_or(0),
         renewal: None,
@@ -122,6 +122,11 @@ impl Keeper {
     /// Begins what is to be done, and returns when to look again.
     fn decide(&mut self, set: &Set, crowd: bool) -> Option<Instant> {
         let now = Instant::now();
+        if self.pause.is_some_and(|pause| pause <= now) {
+            self.pause = None;
+            // Those who still wait look again, and say so.
+            self.common.slot_free.notify_waiters();
+        }
         let open = set.open.load();
         let seen = Seen {
             connections: open.len(),
@@ -132,10 +137,8 @@ impl Keeper {
                 .min()
                 .unwrap_or(0),
             // Those who found it so sleep; if there is room by now, it is theirs.
-            full: (self.common.take_full() || self.put_off)
-                && open.iter().all(|m| !m.connection.core.has_slot()),
+            full: self.common.take_full() && open.iter().all(|m| !m.connection.core.has_slot()),
         };
-        self.put_off = seen.full;
         if open.iter().all(|member| member.tls >= self.tls) {
             self.renewal = None;
         }
@@ -144,10 +147,10 @@ impl Keeper {
             .iter()
             .filter_map(|m| Some((earlier(m.due, outdated(m))?, &m.connection.core)))
             .min_by_key(|(due, _)| *due);
-        let mut next = due.map(|(due, _)| due);
-        let free = self.dial.is_none() && self.pause.is_none_or(|pause| pause <= now);
+        let mut next = due.map(|(due, _)| due).filter(|due| *due > now);
+        let free = self.dial.is_none() && self.pause.is_none();
         match self.sizing.look(seen, crowd && free, now) {
-            Need::More => self.begin(None, now),
+            Need::More => self.begin(None),
             Need::Fewer => {
                 if let Some(least) = open.iter().min_by_key(|m| m.connection.streams()) {
                     let core = least.connection.core.clone();
@@ -161,23 +164,23 @@ impl Keeper {
             Need::Same(look) => next = earlier(next, look),
         }
         if free && self.sizing.minds_crowds(seen.connections) {
-            self.common.hear_of_crowds();
+            match crowd {
+                // What was none is not told again at once: each call might.
+                true => next = earlier(next, Some(now + CALM)),
+                false => self.common.hear_of_crowds(),
+            }
         }
         if let Some((due, core)) = due
             && due <= now
         {
-            self.begin(Some(core.clone()), now);
-            next = None;
+            self.begin(Some(core.clone()));
         }
         // What was put off is looked at when its time has come.
-        match self.dial {
-            Some(_) => next.filter(|next| *next > now),
-            None => earlier(next, self.pause.filter(|pause| *pause > now)),
-        }
+        earlier(next, self.pause)
     }
 
-    fn begin(&mut self, replaces: Option<Arc<Core>>, now: Instant) {
-        if self.dial.is_some() || self.pause.is_some_and(|pause| pause > now) {
+    fn begin(&mut self, replaces: Option<Arc<Core>>) {
+        if self.dial.is_some() || self.pause.is_some() {
             return;
         }
         let (connector, common) = (self.connector.clone(), self.common.clone());
@@ -207,7 +210,6 @@ impl Keeper {
             (Ok(connection), Some(set)) => {
                 self.failures = 0;
                 self.pause = None;
-                self.put_off = false;
                 let new = Member::new(connection, &self.connector, tls);
                 tracing::debug!(address = %self.common.to.address, replaces = replaces.is_some(), "another connection is open");
                 match replaces {

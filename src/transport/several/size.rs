@@ -125,7 +125,7 @@ impl Sizing {
             self.crowds = 0;
         }
         // Needed => spare => (spare | Fewer)
-        if seen.connections < 2 || !self.fewer_would_do(seen) {
+        if seen.connections < 2 || seen.full || !self.fewer_would_do(seen) {
             self.spare_since = None;
         } else {
             let since = *self.spare_since.get_or_insert(now);
