@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::{
     Connector,
     common::Common,
-    core::{AbortOnDrop, Core, Ending},
+    core::{AbortOnDrop, Core, Ending, Slot},
     paced::Paced,
     pings::{self, Keepalive},
     slots::Waiting,
@@ -35,6 +35,8 @@ pub struct Connection {
     pub(super) core: Arc<Core>,
     /// Waiting for a stream to become free.
     waiting: Waiting,
+    /// The stream of the call that follows, if it has been taken already.
+    pub(super) slot: Option<Slot>,
     /// Whether an answer shows that the peer is of use to somebody.
     pub(super) serves: bool,
 }
@@ -118,6 +120,7 @@ impl Connection {
             send,
             core,
             waiting: Waiting::default(),
+            slot: None,
             serves: true,
         })
     }
@@ -188,6 +191,7 @@ impl Clone for Connection {
             send: self.send.clone(),
             core: self.core.clone(),
             waiting: Waiting::default(),
+            slot: None,
             serves: self.serves,
         }
     }

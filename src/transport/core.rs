@@ -98,6 +98,15 @@ impl Core {
         Slot { core: self.clone() }
     }
 
+    /// Takes a stream if there is one to be had.
+    #[inline]
+    pub(super) fn try_take_slot(self: &Arc<Self>) -> Option<Slot> {
+        if self.slots.try_take()? > CROWD {
+            self.common.crowded();
+        }
+        Some(Slot { core: self.clone() })
+    }
+
     pub(super) fn streams(&self) -> usize {
         self.slots.taken()
     }

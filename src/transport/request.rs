@@ -97,7 +97,8 @@ impl Connection {
         let head = Request::from_parts(head, ());
 
         let end = matches!(ahead, Ahead::Complete(None));
-        let slot = self.core.take_slot();
+        let taken = self.slot.take();
+        let slot = taken.unwrap_or_else(|| self.core.take_slot());
         let (response, mut stream) = match self.send.send_request(head, end) {
             Ok(started) => started,
             Err(error) => return Err(self.unsent(error)),

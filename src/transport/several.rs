@@ -139,6 +139,15 @@ impl Connections {
     }
 
     fn poll_pick(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        // Asked twice it holds one stream, and does not wait for another that it has itself.
+        if self
+            .picked
+            .as_ref()
+            .is_some_and(|picked| !picked.core.is_leaving())
+        {
+            return Poll::Ready(Ok(()));
+        }
+        self.picked = None;
         loop {
             match self.set.pick() {
                 Pick::Picked(connection) => {
@@ -217,15 +226,14 @@ impl Set {
         let open = self.open.load();
         match open.as_slice() {
             [only] if only.connection.core.is_leaving() => Pick::Over,
-            [only] if !only.connection.core.has_slot() => Pick::Full,
             [only] => only.picked().unwrap_or(Pick::Over),
             several => self.pick_of(several),
         }
     }
 
     fn pick_of(&self, open: &[Member]) -> Pick {
-        // Each look rules one out.
-        for _ in 0..=open.len() {
+        // Each look but the last has ruled one out, or somebody else has taken a stream.
+        loop {
             let mut usable = false;
             let mut best: Option<(&Member, usize)> = None;
             let preferred = preference(open.len());
@@ -247,11 +255,12 @@ impl Set {
             let Some((best, _)) = best else {
                 return if usable { Pick::Full } else { Pick::Over };
             };
-            if let Some(picked) = best.picked() {
-                return picked;
+            match best.picked() {
+                // It is passed by at the next look. To wait now, with room elsewhere, would be to wait for nobody.
+                Some(Pick::Full) | None => {}
+                Some(picked) => return picked,
             }
         }
-        Pick::Full
     }
 
     /// Any of them, whether it has a stream or not.
@@ -308,7 +317,15 @@ impl Member {
         let mut connection = self.connection.clone();
         // A new handle has no stream of its own that it would have to wait for.
         match connection.poll_usable(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(Ok(())) => Some(Pick::Picked(connection)),
+            Poll::Ready(Ok(())) => {
+                // Taken here and now: with a look alone, several callers would find the same last one, and all but one would
+                // wait for it in h2, whatever room the others have.
+                connection.slot = connection.core.try_take_slot();
+                Some(match connection.slot {
+                    Some(_) => Pick::Picked(connection),
+                    None => Pick::Full,
+                })
+            }
             Poll::Pending => Some(Pick::Full),
             Poll::Ready(Err(why)) => {
                 connection.core.leave(|| match why.reason() {

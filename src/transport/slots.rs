@@ -64,6 +64,17 @@ impl Slots {
         self.taken.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// Counts a stream in if there is room for it, and returns how many were in use before.
+    ///
+    /// `SeqCst`, as a waiter's look is: one that finds no room has to be seen by the stream that makes some.
+    pub(super) fn try_take(&self) -> Option<usize> {
+        let one_more = |taken: usize| (taken < self.most.load(Ordering::SeqCst)).then(|| taken + 1);
+        let taken = &self.taken;
+        taken
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more)
+            .ok()
+    }
+
     /// Counts a stream out: whether one waiter has to be woken.
     #[must_use = "one who waits would sleep on"]
     pub(super) fn give_back(&self) -> bool {

@@ -204,7 +204,7 @@ impl Two {
         let mut waiting = Waiting::default();
         let taken = block_on(poll_fn(|cx| {
             loop {
-                if let Some(free) = self.0.iter().find(|one| one.slots.has_room()) {
+                if let Some(free) = self.0.iter().find(|one| one.slots.try_take().is_some()) {
                     waiting.end();
                     return Poll::Ready(free);
                 }
@@ -212,7 +212,6 @@ impl Two {
                 ready!(waiting.poll(&self.0[0].freed, note, cx));
             }
         }));
-        let _ = taken.slots.take();
         taken
     }
 }
