@@ -31,6 +31,10 @@ const BOUND: Duration = Duration::from_millis(150);
 /// How often a call is made that may be repeated.
 const ATTEMPTS: u32 = 5;
 
+/// The longest pause before another attempt: by the policy's default backoff of 100 ms, doubled and spread by 0.2, the one
+/// before the last. A call that has not the time for its pause fails at once, with what was the last attempt's end.
+const LONGEST_PAUSE: Duration = Duration::from_millis(960);
+
 pub(crate) struct Load {
     shared: Arc<Shared>,
     callers: JoinSet<()>,
@@ -65,6 +69,7 @@ struct Failure {
     began: Instant,
     at: Instant,
     status: Status,
+    took: Duration,
     deadline: Duration,
 }
 
@@ -219,6 +224,7 @@ impl Caller {
                     began,
                     at,
                     status,
+                    took,
                     deadline,
                 })
             }
@@ -237,8 +243,9 @@ impl Caller {
         if wrong {
             let executed = self.ledger.executed(failure.number, failure.began);
             println!(
-                "           its deadline was {:?}, it began {:.1?} ago and was {executed}",
+                "           its deadline was {:?}, it took {:.1?}, began {:.1?} ago and was {executed}",
                 failure.deadline,
+                failure.took,
                 failure.began.elapsed()
             );
         }
@@ -292,13 +299,15 @@ impl Tally {
         *self.failures.entry(what).or_default() += 1;
         let in_time = error.kind() != Kind::DeadlineExceeded;
         let peer = error.peer().map(|peer| peer.id.to_string());
+        let excused = excused || peer.as_ref().is_some_and(|id| truth.was_disturbed(id));
         let before = self.wrong.values().sum::<u64>();
         match (error.sent(), peer) {
             // So little time may not be enough.
             _ if !in_time && failure.deadline < DEADLINE => {}
             // Nor for the pause before another attempt.
             _ if may_be_repeated && failure.deadline < DEADLINE => {}
-            // Its time may be up where several servers in a row stop answering.
+            // Its time may be up where several servers in a row stop answering, or too short for another pause.
+            _ if may_be_repeated && failure.took + LONGEST_PAUSE >= DEADLINE && excused => {}
             _ if may_be_repeated && in_time => {
                 self.is_wrong(format!(
                     "a call that may be repeated failed: {:?}: {error}",
@@ -312,7 +321,7 @@ impl Tally {
                     error.kind()
                 ));
             }
-            (_, Some(id)) if excused || truth.was_disturbed(&id) => {}
+            (_, Some(_)) if excused => {}
             (_, peer) => self.is_wrong(format!(
                 "a call failed {:.1?} ago though nothing was done to its server {}: {:?}: {error}",
                 failure.at.elapsed(),
