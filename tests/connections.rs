@@ -14,6 +14,7 @@ use bytes::Bytes;
 use futures_util::{FutureExt as _, StreamExt as _};
 use support::{
     eventually,
+    fake::{self, Fake},
     proxy::Proxy,
     server::{
         EchoServer, Options,
@@ -326,6 +327,41 @@ async fn one_that_is_too_old_stays_while_no_other_can_be_had() {
 }
 
 #[tokio::test]
+async fn while_another_in_the_place_of_an_old_one_hangs_one_more_can_be_had() {
+    let max_streams = Some(1);
+    let server = EchoServer::start_with(
+        "one",
+        Options {
+            max_streams,
+            ..Options::default()
+        },
+    );
+    let dials = Arc::new(AtomicUsize::new(0));
+    let count = dials.clone();
+    let connector = connector(2).max_age(Some(ms(200))).unwrap();
+    let connector = connector.dial_with(move |address| {
+        let nth = count.fetch_add(1, SeqCst);
+        async move {
+            if nth == 1 {
+                std::future::pending::<()>().await;
+            }
+            Ok(tokio::net::TcpStream::connect(address).await?)
+        }
+    });
+    let manager = manager(server.address(), connector);
+    let channel = manager.channel("echo");
+    // Given a connection that got too old with its one stream in use, and nobody who takes its place
+    let _first = held(&channel, &server, 1).await;
+    eventually("another is dialled", || dials.load(SeqCst) == 2).await;
+    // When one more stream is needed
+    let mut client = EchoClient::new(channel);
+    let call = client.unary(quick());
+    // Then it is there.
+    time::timeout(ms(2_000), call).await.unwrap().unwrap();
+    assert_eq!(dials.load(SeqCst), 3);
+}
+
+#[tokio::test]
 async fn health_is_watched_over_whichever_connection_there_is() {
     let health = true;
     let server = EchoServer::start_with(
@@ -492,6 +528,89 @@ async fn of_a_channel_that_is_dropped_with_its_manager_connections_end_with_thei
 }
 
 // === what the peer says ===
+
+#[tokio::test]
+async fn a_peer_that_allows_no_streams_at_all_is_not_asked_on_other_connections() {
+    let max_streams = Some(0);
+    let server = EchoServer::start_with(
+        "one",
+        Options {
+            max_streams,
+            ..Options::default()
+        },
+    );
+    let proxy = Proxy::start(server.address).await;
+    let connector = connector(4).spare_for(ms(50)).unwrap();
+    let manager = manager(proxy.address(), connector);
+    let channel = manager.channel("echo");
+    // Given calls that wait for a stream
+    let mut calls = JoinSet::new();
+    for _ in 0..4 {
+        let mut client = EchoClient::new(channel.clone());
+        calls.spawn(async move {
+            let mut request = tonic::Request::new(quick());
+            request.set_timeout(ms(500));
+            client.unary(request).await.map(drop)
+        });
+    }
+    // Then their time is up
+    for result in calls.join_all().await {
+        assert_eq!(result.unwrap_err().code(), Code::DeadlineExceeded);
+    }
+    // And no other connection has come, or come and gone.
+    assert_eq!(proxy.accepted.load(SeqCst), 1);
+}
+
+/// A fake, as no server lowers its limit to order: while a long request is on its way to it which it does not read, and so
+/// the connection cannot write, it says that it allows one stream.
+#[tokio::test]
+async fn a_limit_that_is_lowered_while_nothing_can_be_written_is_heeded() {
+    const INITIAL_WINDOW_SIZE: u8 = 4;
+    const WINDOW: u32 = (1 << 31) - 1;
+    let read_on = Arc::new(Notify::new());
+    let reads = read_on.clone();
+    let fake = Fake::sockets(move |nth, socket| {
+        let reads = reads.clone();
+        async move {
+            let settings = fake::setting(INITIAL_WINDOW_SIZE, WINDOW);
+            let mut peer = fake::ByHand::accept(socket, &settings).await?;
+            if nth > 0 {
+                return peer.serve().await;
+            }
+            let window = (WINDOW - 65_535).to_be_bytes();
+            peer.send(&fake::frame(fake::WINDOW_UPDATE, 0, 0, &window))
+                .await?;
+            peer.called().await?;
+            // What the sockets' buffers hold is written by then.
+            time::sleep(ms(300)).await;
+            let one = fake::setting(fake::MAX_CONCURRENT_STREAMS, 1);
+            peer.send(&fake::frame(fake::SETTINGS, 0, 0, &one)).await?;
+            time::sleep(ms(100)).await;
+            reads.notify_one();
+            peer.idle().await
+        }
+    });
+    let manager = manager(fake.address(), connector(2));
+    let channel = manager.channel("echo");
+    // Given a call that has the one stream
+    let mut client = EchoClient::new(channel.clone());
+    let long = tokio::spawn(async move {
+        let request = EchoRequest {
+            message: "a".repeat(64 << 20),
+            ..EchoRequest::default()
+        };
+        client.unary(request).await
+    });
+    read_on.notified().await;
+    time::sleep(ms(300)).await;
+    // When another is made, then it goes over another connection, and does not wait for that stream
+    let mut client = EchoClient::new(channel.clone());
+    let call = time::timeout(ms(5_000), client.unary(quick()));
+    call.await.unwrap().unwrap();
+    assert_eq!(fake.connections(), 2);
+    assert!(!long.is_finished());
+    long.abort();
+}
 
 /// A fake, as a real server's GOAWAY cannot be had to order: answers each call when told to, and says goodbye on the first
 /// connection when told to.

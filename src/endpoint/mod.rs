@@ -8,6 +8,7 @@ pub(crate) mod limiter;
 pub(crate) mod load;
 pub(crate) mod ready;
 pub(crate) mod task;
+pub(crate) mod turn;
 
 pub use connect::{BoxFuture, Connect, Connected, Health, Lifeline, Provided, Target, UseProvided};
 pub(crate) use connect::{Dialing, HealthStream};

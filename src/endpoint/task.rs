@@ -15,7 +15,7 @@ use tokio::{
 
 use super::{
     Connect, Connected, Dialing, Health, HealthStream, Lifeline, Target, limiter::Limiter,
-    ready::Ready,
+    ready::Ready, turn::in_turn,
 };
 use crate::error::{BoxError, Error, Kind, SharedError};
 
@@ -71,11 +71,6 @@ pub(crate) struct Endpoint<T, C: Connect<T>> {
 
 /// Words of the registry that come faster than this are taken together: each of them dials.
 const NUDGES: Duration = Duration::from_secs(1);
-
-/// How long a dial counts as one of those that may go on at once. One that takes longer waits for a peer that is far,
-/// or silent, and costs nothing but its socket; were it to keep its place, 64 peers that are silent would keep all
-/// others waiting for as long as an attempt may take. The first SYN is repeated after 1 s.
-const BRISK: Duration = Duration::from_millis(500);
 
 /// How long a peer whose health is asked may take to say anything.
 const FIRST_WORD: Duration = Duration::from_secs(5);
@@ -192,26 +187,19 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
         let dial = AssertUnwindSafe(dial).catch_unwind();
         let (dials, probes) = (self.dials.clone(), self.probes.clone());
         let bound = self.dialing.attempt_timeout;
-        let in_turn = async move {
+        let place = async move {
             // Nobody ever closes it; if somebody did, dialling would go on without a bound.
             // A probe is in no hurry: whoever was just lost need not queue behind thousands that are long gone.
-            let mut place = (None, None);
-            if probing {
-                place.0 = probes.acquire_owned().await.ok();
-            }
-            place.1 = dials.acquire_owned().await.ok();
-            let mut dial = pin!(time::timeout(bound, dial));
-            tokio::select! {
-                biased;
-                result = &mut dial => return result,
-                () = time::sleep(BRISK) => drop(std::mem::take(&mut place)),
-            }
-            dial.await
+            let probe = match probing {
+                true => probes.acquire_owned().await.ok(),
+                false => None,
+            };
+            (probe, dials.acquire_owned().await.ok())
         };
         let result = tokio::select! {
             biased;
             ended = ended(&mut self.commands) => return Err(ended),
-            result = in_turn => result,
+            result = in_turn(place, async { time::timeout(bound, dial).await }) => result,
         };
         Ok(match result {
             Ok(Ok(Ok(connected))) => Ok(connected),

@@ -60,6 +60,14 @@ struct Life {
 /// The kind and the reason of an error.
 pub(super) type Why = (Kind, Option<String>);
 
+/// What has become so, to be told once the lock is released: whoever is woken may run at once.
+#[must_use]
+#[derive(Clone, Copy)]
+struct Told {
+    over: bool,
+    ended: bool,
+}
+
 // === impl Common ===
 
 impl Common {
@@ -99,16 +107,16 @@ impl Common {
         Ok(())
     }
 
-    /// A connection takes no new calls any more. When it was the last one that did, that is over.
-    pub(super) fn left(&self) {
-        self.settle(&mut self.lock());
-        self.news.notify_one();
+    /// A connection takes no new calls any more. When it was the last one that did, that is over, for its reason.
+    pub(super) fn left(&self, core: &Core) {
+        let told = self.settle(&mut self.lock(), core.why_leaving());
+        self.tell(told);
         self.slot_free.notify_waiters();
     }
 
     /// A connection's task has ended.
     pub(super) fn remove(&self, core: &Arc<Core>) {
-        {
+        let told = {
             let mut life = self.lock();
             let before = life.alive.len();
             life.alive.retain(|other| !Arc::ptr_eq(other, core));
@@ -117,43 +125,55 @@ impl Common {
                 return;
             }
             life.last = core.why_leaving();
-            self.settle(&mut life);
-        }
-        self.news.notify_one();
+            let why = life.last.clone();
+            self.settle(&mut life, why)
+        };
+        self.tell(told);
         self.slot_free.notify_waiters();
     }
 
     /// No other connection is let in: nobody is left to use one.
     pub(super) fn seal(&self) {
-        let mut life = self.lock();
-        life.sealed = true;
-        self.settle(&mut life);
-        drop(life);
-        self.news.notify_one();
+        let told = {
+            let mut life = self.lock();
+            life.sealed = true;
+            self.settle(&mut life, None)
+        };
+        self.tell(told);
     }
 
     pub(super) fn is_sealed(&self) -> bool {
         self.lock().sealed
     }
 
-    /// What follows from which connections there are.
-    fn settle(&self, life: &mut Life) {
-        let mut usable = life
-            .alive
-            .iter()
-            .filter(|core| core.why_leaving().is_none());
-        if usable.next().is_none() {
-            let leaving = life.alive.iter().find_map(|core| core.why_leaving());
-            // Neither: the first is still to come.
-            if let Some(why) = leaving.or_else(|| life.last.clone()) {
+    /// What follows from which connections there are. `why` is what has just happened to one of them: of all that take no new
+    /// calls, it is the one whose reason says why the peer has none left.
+    fn settle(&self, life: &mut Life, why: Option<Why>) -> Told {
+        let usable = life.alive.iter().any(|core| !core.is_leaving());
+        let mut over = false;
+        if !usable {
+            let leaving = || life.alive.iter().find_map(|core| core.why_leaving());
+            // None of these: the first is still to come.
+            if let Some(why) = why.or_else(leaving).or_else(|| life.last.clone()) {
                 life.sealed = true;
                 let _ = self.why_over.set(why);
-                self.over.cancel();
+                over = true;
             }
         }
-        if life.sealed && life.alive.is_empty() {
+        Told {
+            over,
+            ended: life.sealed && life.alive.is_empty(),
+        }
+    }
+
+    fn tell(&self, told: Told) {
+        if told.over {
+            self.over.cancel();
+        }
+        if told.ended {
             self.ended.cancel();
         }
+        self.news.notify_one();
     }
 
     /// Why no connection takes calls, once that is so.
@@ -173,9 +193,19 @@ impl Common {
         }
     }
 
-    /// Whether that has happened since this was last asked.
+    /// Whether that has happened since this was last asked. Until then it is told once.
     pub(super) fn take_full(&self) -> bool {
         self.full.swap(false, Ordering::Relaxed)
+    }
+
+    /// Whether it has, and the next call that finds it so need not say so.
+    pub(super) fn is_full(&self) -> bool {
+        self.full.load(Ordering::Relaxed)
+    }
+
+    /// Whoever found all streams in use has got none since.
+    pub(super) fn stays_full(&self) {
+        self.full.store(true, Ordering::Relaxed);
     }
 
     /// A connection has many calls; beside its count, which has just been written, this is one relaxed load.
@@ -215,16 +245,18 @@ impl Lifeline for Common {
     fn closed(&self) -> BoxFuture<'_, Error> {
         Box::pin(async {
             self.ended.cancelled().await;
-            let last = self.lock().last.as_ref().map(error_of);
-            last.unwrap_or_else(|| Error::new(Kind::ConnectionLost))
+            let last = || self.lock().last.as_ref().map(error_of);
+            // Who it was not tells more than how it ended.
+            let why = self.identity.error().or_else(last);
+            why.unwrap_or_else(|| Error::new(Kind::ConnectionLost))
         })
     }
 
     fn leaving(&self) -> BoxFuture<'_, Error> {
         Box::pin(async {
             self.over.cancelled().await;
-            self.why_over()
-                .unwrap_or_else(|| Error::new(Kind::ConnectionLost))
+            let why = self.identity.error().or_else(|| self.why_over());
+            why.unwrap_or_else(|| Error::new(Kind::ConnectionLost))
         })
     }
 
@@ -233,18 +265,20 @@ impl Lifeline for Common {
     }
 
     fn close(&self, why: Error) {
-        let alive = {
+        let (alive, told) = {
             let mut life = self.lock();
             life.sealed = true;
-            self.settle(&mut life);
-            life.alive.clone()
+            let told = self.settle(&mut life, None);
+            (life.alive.clone(), told)
         };
-        self.news.notify_one();
-        for core in alive {
+        self.tell(told);
+        for core in &alive {
             core.close_because(why.kind(), why.reason());
         }
         // So that calls hear why before the connections' tasks have ended.
-        self.left();
+        let told = self.settle(&mut self.lock(), Some((why.kind(), why.reason())));
+        self.tell(told);
+        self.slot_free.notify_waiters();
     }
 
     fn has_served(&self) -> bool {
@@ -277,5 +311,71 @@ fn error_of((kind, reason): &Why) -> Error {
     match reason {
         Some(reason) => error.with_reason(reason.clone()),
         None => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transport::core::Ending;
+
+    /// What so many connections to one peer have in common, none of which has a socket.
+    fn connections<const N: usize>() -> (Arc<Common>, [Arc<Core>; N]) {
+        let connector = Connector::new();
+        let to = connector.dialer.destination("127.0.0.1:1").unwrap();
+        let common = Arc::new(Common::new(to, HeaderMap::new(), &connector));
+        let cores = std::array::from_fn(|_| {
+            let core = Arc::new(Core::new(common.clone(), None));
+            common.admit(&core).unwrap();
+            core
+        });
+        (common, cores)
+    }
+
+    fn ends(core: &Arc<Core>) {
+        Ending::of(core.clone()).because(Ok(()));
+    }
+
+    #[tokio::test]
+    async fn the_reason_is_that_of_the_last_one_that_took_calls() {
+        // Given one that finishes its calls, and another in its place
+        let (common, [old, new]) = connections();
+        old.leave(|| "another has taken its place".to_owned());
+        assert!(common.why_over().is_none());
+        // When that one ends
+        ends(&new);
+        // Then this is why there is none any more, and not that the other had been replaced.
+        let why = common.why_over().and_then(|why| why.reason());
+        assert_eq!(why.as_deref(), Some("closed by the peer"));
+        assert_eq!(common.leaving().await.reason(), why);
+        assert!(!common.ended.is_cancelled());
+        ends(&old);
+        assert!(common.ended.is_cancelled());
+    }
+
+    #[tokio::test]
+    async fn who_it_was_not_tells_more_than_how_it_ended() {
+        let (common, [one]) = connections();
+        common.identity.deny("node not match");
+        ends(&one);
+        for why in [common.leaving().await, common.closed().await] {
+            assert_eq!(why.kind(), Kind::OtherInstance);
+        }
+    }
+
+    #[tokio::test]
+    async fn closed_by_ourselves_all_say_so() {
+        let (common, [old, new]) = connections();
+        old.leave(|| "another has taken its place".to_owned());
+        common.close(Error::new(Kind::SessionDeleted));
+        assert_eq!(common.leaving().await.kind(), Kind::SessionDeleted);
+        for core in [old, new] {
+            assert_eq!(core.why_leaving().unwrap().0, Kind::SessionDeleted);
+            ends(&core);
+        }
+        assert_eq!(common.closed().await.kind(), Kind::SessionDeleted);
+        // Nor is another let in.
+        let late = Arc::new(Core::new(common.clone(), None));
+        assert!(common.admit(&late).is_err());
     }
 }

@@ -9,7 +9,10 @@ use std::{
 };
 
 use http::{HeaderMap, HeaderValue, uri::Scheme};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::Semaphore,
+};
 
 #[cfg(feature = "health")]
 use super::HealthCheck;
@@ -69,11 +72,17 @@ pub struct Connector {
     pub(super) dialer: Dialer,
     pub(super) polite: Polite,
     pub(super) size: Size,
+    /// Who may open another connection to a peer that has one, of all clones.
+    turns: Arc<Semaphore>,
     #[cfg(feature = "health")]
     pub(super) health: HealthCheck,
     #[cfg(feature = "tls")]
     pub(super) tls: Option<TlsReloader>,
 }
+
+/// How many connections are opened at once beside those that their peers have, by all clones of a connector: as many as a
+/// pool makes of first ones.
+const TURNS: usize = 64;
 
 // === impl Connector ===
 
@@ -101,6 +110,7 @@ impl Connector {
                 spare_for: Duration::from_secs(30),
                 max_age: None,
             },
+            turns: Arc::new(Semaphore::new(TURNS)),
             #[cfg(feature = "health")]
             health: HealthCheck::Off,
             #[cfg(feature = "tls")]
@@ -113,8 +123,8 @@ impl Connector {
     /// found out within the sum of both. `None` turns it off. Defaults 10 s and 20 s; 1 ms to 1 day.
     ///
     /// gRPC's own servers may mind being pinged more often than every 5 minutes (`too_many_pings`), and close the connection;
-    /// the interval of later connections to that address is doubled then, each time, up to 1 day. tonic's servers
-    /// do not mind.
+    /// the interval of later connections to that address is doubled then, each time, up to 10 minutes, and
+    /// is as configured again a day after it last minded. tonic's servers do not mind.
     ///
     /// # Errors
     ///
@@ -196,8 +206,9 @@ impl Connector {
     /// There is one at first. Another is opened when the peer allows no more streams on those there are, and calls wait for
     /// it or for a stream, whichever comes first; or on a multi-threaded runtime, for as many threads as that has, when each
     /// connection has had more than 32 calls for 15 ms: threads that share one connection wait for its lock and its task.
-    /// It is opened by a task beside the calls, one at a time, within 20 s, and with gRPC's connection backoff after
-    /// a failure.
+    /// A peer that allows no streams at all is not asked on another. It is opened by a task beside the calls, one at a time,
+    /// within 20 s, and with gRPC's connection backoff after a failure; of all peers of a connector and its clones, 64 are
+    /// being opened at once.
     ///
     /// # Errors
     ///
@@ -225,7 +236,7 @@ impl Connector {
     }
 
     /// How old a connection gets, ± 10 % by chance, until another takes its place: when that is there, new calls go to it,
-    /// and the old one closes when its own have ended. If it cannot be made, the old one stays, and another attempt
+    /// and the old one closes when its own have ended, however long they take. If it cannot be made, the old one stays, and another attempt
     /// follows with backoff. Default `None`, for ever; 100 ms to 1 year.
     ///
     /// It has calls find other machines behind an address that is a load balancer's or a name's, and certificates
@@ -458,6 +469,12 @@ impl Connector {
         let connection = self.open(&Arc::new(common)).await?;
         connection.core.common.seal();
         Ok(connection)
+    }
+
+    /// Until there is a turn to open another connection beside those there are.
+    pub(super) fn turn(&self) -> impl Future<Output = impl Send> + Send + 'static {
+        let turns = self.turns.clone();
+        async move { turns.acquire_owned().await.ok() }
     }
 
     /// The same as one of several. Dropping the future closes what was opened.

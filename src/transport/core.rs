@@ -27,6 +27,9 @@ use crate::{
 /// More calls on one connection than this, and another one may be worth its while; see [`super::several`].
 pub(super) const CROWD: usize = 32;
 
+/// No limit: what a peer says has 32 bits.
+const NONE: u64 = u64::MAX;
+
 /// What a connection's handles, calls and tasks share.
 pub(super) struct Core {
     pub(super) common: Arc<Common>,
@@ -35,7 +38,8 @@ pub(super) struct Core {
     // The limit is beside the count: whoever reads it has just read or written that.
     slots: Padded<Slots>,
     resets: Resets,
-    settings: AtomicBool,
+    /// The limit of streams that h2 has yet to heed.
+    limit: AtomicU64,
     /// Whether keepalive has ever pinged.
     kept_alive: AtomicBool,
     /// When something was last read, in nanoseconds after `born`.
@@ -72,7 +76,7 @@ impl Core {
             keepalive_interval,
             slots: Padded(Slots::new()),
             resets: Resets::new(),
-            settings: AtomicBool::new(false),
+            limit: AtomicU64::new(NONE),
             kept_alive: AtomicBool::new(false),
             last_read: AtomicU64::new(0),
             born: Instant::now(),
@@ -131,7 +135,7 @@ impl Core {
     pub(super) fn leave(&self, why: impl FnOnce() -> String) {
         if self.why_leaving.get().is_none() && self.why_leaving.set(why()).is_ok() {
             self.leaves.cancel();
-            self.common.left();
+            self.common.left(self);
         }
     }
 
@@ -164,14 +168,22 @@ impl Core {
         }
     }
 
-    /// The peer has sent settings, which may limit streams otherwise than before. h2 is about to heed them.
-    pub(super) fn settings_came(&self) {
-        self.settings.store(true, Ordering::Relaxed);
+    /// The peer has said how many streams it allows. h2 heeds it once it could write that it has read it, which is not
+    /// before the peer takes what was written earlier.
+    pub(super) fn told_limit(&self, streams: u32) {
+        self.limit.store(streams.into(), Ordering::Relaxed);
     }
 
-    /// Whether it has since this was last asked. Both are of the connection's task.
-    pub(super) fn take_settings(&self) -> bool {
-        self.settings.load(Ordering::Relaxed) && self.settings.swap(false, Ordering::Relaxed)
+    /// Whether there is such a word that h2 has not heeded yet. All of this is of the connection's task.
+    pub(super) fn awaits_limit(&self) -> bool {
+        self.limit.load(Ordering::Relaxed) != NONE
+    }
+
+    /// h2 goes by this limit.
+    pub(super) fn heeds_limit(&self, streams: usize) {
+        if self.limit.load(Ordering::Relaxed) == streams as u64 {
+            self.limit.store(NONE, Ordering::Relaxed);
+        }
     }
 
     /// Its peer is pinged for its own sake.

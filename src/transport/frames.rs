@@ -17,9 +17,19 @@ pub(super) struct Frames {
     left: usize,
     /// What there is of the payload of a GOAWAY.
     going: Option<Vec<u8>>,
-    /// This one is of settings; some have come since that was last asked.
-    of_settings: bool,
-    settings: bool,
+    /// This frame is of settings, and what of them is of interest.
+    settings: Option<Settings>,
+    /// The last limit of streams that has come since that was last asked.
+    streams: Option<u32>,
+}
+
+/// What has come of one frame of settings (RFC 9113, 6.5.1): of each an identifier and a value.
+#[derive(Debug, Default)]
+struct Settings {
+    setting: [u8; SETTING],
+    /// How much of it is here.
+    have: usize,
+    streams: Option<u32>,
 }
 
 /// A peer's word that it takes no new calls on this connection (RFC 9113, 6.8).
@@ -37,6 +47,11 @@ const HEAD: usize = 9;
 const SETTINGS: u8 = 4;
 const GOAWAY: u8 = 7;
 const ACK: u8 = 1;
+
+/// One setting: two bytes that say which, four of its value; and the one that limits streams,
+/// SETTINGS_MAX_CONCURRENT_STREAMS.
+const SETTING: usize = 6;
+const MAX_CONCURRENT_STREAMS: [u8; 2] = [0, 3];
 
 /// The last stream's id and the code, before the words.
 const CODES: usize = 8;
@@ -73,11 +88,16 @@ impl Frames {
                 let room = (CODES + WORDS).saturating_sub(going.len());
                 going.extend_from_slice(&bytes[..part.min(room)]);
             }
+            if let Some(settings) = &mut self.settings {
+                settings.read(&bytes[..part]);
+            }
             self.left -= part;
             bytes = &bytes[part..];
             if self.left == 0 {
                 self.have = 0;
-                self.settings |= self.of_settings;
+                if let Some(settings) = self.settings.take() {
+                    self.streams = settings.streams.or(self.streams);
+                }
                 if let Some(going) = self.going.take() {
                     found = GoAway::parse(&going).or(found);
                 }
@@ -86,19 +106,40 @@ impl Frames {
         found
     }
 
-    /// Whether all of some settings has come since this was last asked.
-    pub(super) fn take_settings(&mut self) -> bool {
-        std::mem::take(&mut self.settings)
+    /// How many streams the peer allows, if it has said so since this was last asked.
+    pub(super) fn take_streams(&mut self) -> Option<u32> {
+        self.streams.take()
     }
 
     #[inline]
     fn begin(&mut self, head: [u8; HEAD]) {
         let [a, b, c, kind, flags, ..] = head;
-        self.of_settings = kind == SETTINGS && flags & ACK == 0;
         self.have = HEAD;
         self.left = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
         if kind == GOAWAY {
             self.going = Some(Vec::new());
+        }
+        if kind == SETTINGS && flags & ACK == 0 {
+            self.settings = Some(Settings::default());
+        }
+    }
+}
+
+// === impl Settings ===
+
+impl Settings {
+    fn read(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.setting[self.have] = *byte;
+            self.have += 1;
+            if self.have == SETTING {
+                self.have = 0;
+                if let [a, b, value @ ..] = self.setting
+                    && [a, b] == MAX_CONCURRENT_STREAMS
+                {
+                    self.streams = Some(u32::from_be_bytes(value));
+                }
+            }
         }
     }
 }
@@ -181,18 +222,27 @@ mod tests {
     }
 
     #[test]
-    fn settings_are_seen_once_all_of_them_has_come() {
+    fn a_limit_of_streams_is_seen_once_all_settings_have_come() {
         let mut frames = Frames::default();
-        let settings = frame(SETTINGS, &[0, 3, 0, 0, 0, 1]);
-        let (some, rest) = settings.split_at(HEAD + 2);
-        assert_eq!(frames.read(some), None);
-        assert!(!frames.take_settings());
-        assert_eq!(frames.read(rest), None);
-        assert!(frames.take_settings() && !frames.take_settings());
-        let mut ack = frame(SETTINGS, &[]);
+        let settings = frame(SETTINGS, &[0, 4, 0, 3, 0, 3, 0, 3, 0, 0, 1, 2]);
+        for (n, byte) in settings.iter().enumerate() {
+            assert_eq!(frames.read(&[*byte]), None);
+            let seen = frames.take_streams();
+            assert_eq!(seen, (n + 1 == settings.len()).then_some(258));
+        }
+        // Of two the last one holds, as in one frame.
+        let twice = [0, 3, 0, 0, 0, 1, 0, 3, 0, 0, 0, 2].repeat(2);
+        assert_eq!(frames.read(&frame(SETTINGS, &twice)), None);
+        assert_eq!(frames.take_streams(), Some(2));
+        assert_eq!(frames.take_streams(), None);
+        // Others, an acknowledgement, a part of one, and what only looks like it.
+        let mut ack = frame(SETTINGS, &twice);
         ack[4] = ACK;
-        assert_eq!(frames.read(&[ack, frame(1, &[0; 3])].concat()), None);
-        assert!(!frames.take_settings());
+        let other = frame(SETTINGS, &[0, 4, 0, 0, 0, 3]);
+        let part = frame(SETTINGS, &[0, 3, 0, 0]);
+        let data = frame(0, &[0, 3, 0, 0, 0, 1]);
+        assert_eq!(frames.read(&[ack, other, part, data].concat()), None);
+        assert_eq!(frames.take_streams(), None);
     }
 
     #[test]

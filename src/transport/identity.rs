@@ -79,9 +79,14 @@ impl Identity {
         }
         let (said, sent) = self.refusal(response.headers())?;
         let error = refused(&said).with_sent(sent);
-        let _ = self.denied.set(said);
-        self.told.cancel();
+        self.deny(&said);
         Some(error)
+    }
+
+    /// Whoever answers is another, as it says.
+    pub(super) fn deny(&self, said: &str) {
+        let _ = self.denied.set(said.to_owned());
+        self.told.cancel();
     }
 
     /// What the head of an answer says, if it refuses the call as another's, and whether it may have been executed.
@@ -106,6 +111,12 @@ impl Identity {
         let end = said.char_indices().map(|(at, c)| at + c.len_utf8());
         let end = end.take_while(|end| *end <= MOST).last().unwrap_or(0);
         Some((said[..end].to_owned(), sent))
+    }
+
+    /// Whether the peer has said that it is another.
+    #[inline]
+    pub(super) fn is_denied(&self) -> bool {
+        self.denied.get().is_some()
     }
 
     /// Why a new call may not go out, once that is so.

@@ -73,12 +73,13 @@ where
             _ => {}
         }
         let ended = Pin::new(&mut self.connection).poll(cx);
-        // Only a full house can have anybody waiting; settings may make one.
-        let news = self.core.take_settings() || !self.core.has_slot();
+        // Only a full house can have anybody waiting; a lower limit may make one.
+        let news = self.core.awaits_limit() || !self.core.has_slot();
         if news && ended.is_pending() {
             let connection = &self.connection;
-            self.core
-                .note_limit(|| connection.max_concurrent_send_streams());
+            let limit = || connection.max_concurrent_send_streams();
+            self.core.note_limit(limit);
+            self.core.heeds_limit(limit());
         }
         ended
     }

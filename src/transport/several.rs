@@ -223,6 +223,10 @@ impl Set {
     /// thread prefers if that has hardly more.
     #[inline]
     fn pick(&self) -> Pick {
+        // Whoever answers is another: also where all streams are in use, and there is nothing to wait for.
+        if self.common.identity.is_denied() {
+            return Pick::Over;
+        }
         let open = self.open.load();
         match open.as_slice() {
             [only] if only.connection.core.is_leaving() => Pick::Over,
@@ -232,8 +236,9 @@ impl Set {
     }
 
     fn pick_of(&self, open: &[Member]) -> Pick {
-        // Each look but the last has ruled one out, or somebody else has taken a stream.
-        loop {
+        // Each look but the last has ruled one out, or somebody else has taken a stream. Whoever loses so often may wait: by
+        // then there is hardly room.
+        for _ in 0..2 * open.len() {
             let mut usable = false;
             let mut best: Option<(&Member, usize)> = None;
             let preferred = preference(open.len());
@@ -261,6 +266,7 @@ impl Set {
                 Some(picked) => return picked,
             }
         }
+        Pick::Full
     }
 
     /// Any of them, whether it has a stream or not.
@@ -279,7 +285,7 @@ impl Set {
     }
 
     fn is_over(&self) -> bool {
-        self.common.why_over().is_some() || self.common.identity.error().is_some()
+        self.common.why_over().is_some() || self.common.identity.is_denied()
     }
 
     fn why_over(&self) -> Error {
@@ -328,10 +334,13 @@ impl Member {
             }
             Poll::Pending => Some(Pick::Full),
             Poll::Ready(Err(why)) => {
-                connection.core.leave(|| match why.reason() {
-                    Some(why) => why,
-                    None => why.to_string(),
-                });
+                // It is not this connection that is at an end if whoever answers is another: all are, and say so.
+                if why.kind() != Kind::OtherInstance {
+                    connection.core.leave(|| match why.reason() {
+                        Some(why) => why,
+                        None => why.to_string(),
+                    });
+                }
                 None
             }
         }

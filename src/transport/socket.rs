@@ -99,8 +99,8 @@ impl<I: AsyncRead + Unpin> AsyncRead for Socket<I> {
             if let Some(said) = self.frames.read(new) {
                 self.core.sent_away(&said);
             }
-            if self.frames.take_settings() {
-                self.core.settings_came();
+            if let Some(streams) = self.frames.take_streams() {
+                self.core.told_limit(streams);
             }
         }
         result

@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     Backoff,
+    endpoint::turn::in_turn,
     error::{BoxError, Error, Kind},
     transport::{Connection, Connector, common::Common, core::Core},
 };
@@ -40,16 +41,26 @@ struct Keeper {
     common: Arc<Common>,
     connector: Connector,
     sizing: Sizing,
-    dial: Option<Dial>,
+    /// To have one more, and to put one in the place of another: neither waits for the other.
+    growth: Attempts,
+    renewal: Attempts,
+    /// At the last look there was room again where a call had found none.
+    was_full: bool,
     /// Of the connector's TLS configurations the last one known of, and when connections of earlier ones are replaced.
     tls: u64,
-    renewal: Option<Instant>,
-    /// Attempts that failed in a row, and until when there is no new one.
+    tls_due: Option<Instant>,
+}
+
+/// Attempts for one purpose, one at a time.
+#[derive(Default)]
+struct Attempts {
+    dial: Option<Dial>,
+    /// How many failed in a row, and until when there is no new one.
     failures: u32,
     pause: Option<Instant>,
 }
 
-/// The one attempt that is under way.
+/// An attempt that is under way.
 struct Dial {
     /// In whose place.
     replaces: Option<Arc<Core>>,
@@ -66,13 +77,13 @@ pub(super) fn run(
         set: Arc::downgrade(set),
         common: set.common.clone(),
         sizing: Sizing::new(connector.size),
-        dial: None,
+        growth: Attempts::default(),
+        renewal: Attempts::default(),
+        was_full: false,
         // Another may be in force since the first connection was begun.
         tls: set.open.load().iter().map(|m| m.tls).min().unwrap_or(0),
-        renewal: None,
+        tls_due: None,
         connector,
-        failures: 0,
-        pause: None,
     }
     .run()
 }
@@ -87,19 +98,17 @@ impl Keeper {
                 let Some(set) = self.set.upgrade() else {
                     return;
                 };
+                let over = self.common.is_sealed() || self.common.identity.is_denied();
+                // Also then: what is not let go of here stays open until the last handle is dropped.
                 set.prune();
-                if self.common.is_sealed() {
+                if over {
+                    // Whoever waits for a stream hears of it.
+                    self.common.slot_free.notify_waiters();
                     return;
                 }
                 self.decide(&set, std::mem::take(&mut crowd))
             };
             let heard = self.common.hears_of_crowds();
-            let dialled = async {
-                match &mut self.dial {
-                    Some(dial) => (&mut dial.attempt).await,
-                    None => std::future::pending().await,
-                }
-            };
             let look_again = async {
                 match next {
                     Some(next) => time::sleep_until(next).await,
@@ -107,14 +116,12 @@ impl Keeper {
                 }
             };
             tokio::select! {
-                result = dialled => self.dialled(result),
+                dialled = self.growth.dialled() => self.dialled(dialled),
+                dialled = self.renewal.dialled() => self.dialled(dialled),
                 () = self.common.news() => crowd = heard && !self.common.hears_of_crowds(),
                 () = look_again => {}
-                () = self.connector.tls_changed(self.tls) => {
-                    self.tls = self.connector.tls_number();
-                    let at = Instant::now() + RENEWAL.mul_f64(fastrand::f64());
-                    self.renewal = Some(self.renewal.map_or(at, |before| before.min(at)));
-                }
+                _denied = self.common.identity.denied() => {}
+                () = self.connector.tls_changed(self.tls) => self.tls_changed(),
             }
         }
     }
@@ -122,37 +129,52 @@ impl Keeper {
     /// Begins what is to be done, and returns when to look again.
     fn decide(&mut self, set: &Set, crowd: bool) -> Option<Instant> {
         let now = Instant::now();
-        if self.pause.is_some_and(|pause| pause <= now) {
-            self.pause = None;
-            // Those who still wait look again, and say so.
-            self.common.slot_free.notify_waiters();
-        }
         let open = set.open.load();
+        // What is to take the place of one that has left by itself meanwhile is one more.
+        let replaces = self.renewal.dial.as_ref();
+        let replaces = replaces.and_then(|dial| dial.replaces.as_ref());
+        let one_more = usize::from(replaces.is_some_and(|core| core.is_leaving()));
+        let room = open.len() + one_more < self.connector.size.most;
+        let grows = self.growth.may_begin(now) && room;
+        // Where none can be had, it is not asked: who finds that so would wake this task each time.
+        let told = grows && self.common.take_full();
+        let full = told || std::mem::take(&mut self.was_full) || self.common.is_full();
+        let has_room = open.iter().any(|m| m.connection.core.has_slot());
+        let most_streams = |member: &Member| member.connection.core.most_streams();
         let seen = Seen {
             connections: open.len(),
             streams: open.iter().map(|m| m.connection.streams()).sum(),
-            streams_each: open
-                .iter()
-                .map(|m| m.connection.core.most_streams())
-                .min()
-                .unwrap_or(0),
-            // Those who found it so sleep; if there is room by now, it is theirs.
-            full: self.common.take_full() && open.iter().all(|m| !m.connection.core.has_slot()),
+            streams_each: open.iter().map(most_streams).min().unwrap_or(0),
+            // Those who found it so sleep; if there is room by now, it is theirs. Where a peer allows none at all, it would
+            // allow none on another.
+            full: full && !has_room && open.iter().any(|m| most_streams(m) > 0),
         };
         if open.iter().all(|member| member.tls >= self.tls) {
-            self.renewal = None;
+            self.tls_due = None;
         }
-        let outdated = |member: &Member| self.renewal.filter(|_| member.tls < self.tls);
+        let outdated = |member: &Member| self.tls_due.filter(|_| member.tls < self.tls);
         let due = open
             .iter()
             .filter_map(|m| Some((earlier(m.due, outdated(m))?, &m.connection.core)))
             .min_by_key(|(due, _)| *due);
         let mut next = due.map(|(due, _)| due).filter(|due| *due > now);
-        let free = self.dial.is_none() && self.pause.is_none();
-        match self.sizing.look(seen, crowd && free, now) {
-            Need::More => self.begin(None),
+        if told && has_room {
+            // There may be more who sleep than there is room for, and they have said so.
+            self.was_full = true;
+            next = earlier(next, Some(now + CALM));
+        }
+        match self.sizing.look(seen, crowd && grows, now) {
+            Need::More if grows => self.growth.begin(None, &self.connector, &self.common),
+            // It stays full, and is looked at again when there may be another.
+            Need::More => {}
             Need::Fewer => {
-                if let Some(least) = open.iter().min_by_key(|m| m.connection.streams()) {
+                let mut usable = open.iter().filter(|m| !m.connection.core.is_leaving());
+                let (Some(one), Some(other)) = (usable.next(), usable.next()) else {
+                    // Others are leaving by themselves.
+                    return Some(now + CALM);
+                };
+                let least = [one, other].into_iter().chain(usable);
+                if let Some(least) = least.min_by_key(|m| m.connection.streams()) {
                     let core = least.connection.core.clone();
                     drop(open);
                     set.replace(&core, None);
@@ -163,7 +185,7 @@ impl Keeper {
             }
             Need::Same(look) => next = earlier(next, look),
         }
-        if free && self.sizing.minds_crowds(seen.connections) {
+        if grows && self.growth.dial.is_none() && self.sizing.minds_crowds(seen.connections) {
             match crowd {
                 // What was none is not told again at once: each call might.
                 true => next = earlier(next, Some(now + CALM)),
@@ -172,23 +194,78 @@ impl Keeper {
         }
         if let Some((due, core)) = due
             && due <= now
+            && self.renewal.may_begin(now)
         {
-            self.begin(Some(core.clone()));
+            let core = Some(core.clone());
+            self.renewal.begin(core, &self.connector, &self.common);
         }
         // What was put off is looked at when its time has come.
-        earlier(next, self.pause)
+        earlier(next, earlier(self.growth.pause, self.renewal.pause))
     }
 
-    fn begin(&mut self, replaces: Option<Arc<Core>>) {
-        if self.dial.is_some() || self.pause.is_some() {
+    /// Connections of earlier configurations are replaced within [`RENEWAL`]. What failed with the earlier one says nothing
+    /// of this.
+    fn tls_changed(&mut self) {
+        self.tls = self.connector.tls_number();
+        let at = Instant::now() + RENEWAL.mul_f64(fastrand::f64());
+        self.tls_due = Some(self.tls_due.map_or(at, |before| before.min(at)));
+        self.growth.forget();
+        self.renewal.forget();
+    }
+
+    fn dialled(&mut self, (dial, result): (Dial, Result<Connection, Error>)) {
+        let Some(set) = self.set.upgrade() else {
             return;
+        };
+        let address = &self.common.to.address;
+        let (attempts, replaces) = match &dial.replaces {
+            Some(_) => (&mut self.renewal, true),
+            None => (&mut self.growth, false),
+        };
+        match result {
+            Ok(connection) => {
+                attempts.forget();
+                tracing::debug!(%address, replaces, "another connection is open");
+                let new = Member::new(connection, &self.connector, dial.tls);
+                match dial.replaces {
+                    Some(old) => {
+                        set.replace(&old, Some(new));
+                        old.leave(|| "another has taken its place".to_owned());
+                    }
+                    None => set.add(new),
+                }
+                // Who waits for a stream finds some.
+                self.common.slot_free.notify_waiters();
+            }
+            Err(why) => {
+                tracing::debug!(%address, replaces, error = %why, "another connection could not be opened");
+                attempts.failed();
+                if !replaces {
+                    // Those who wait for one still do, and do not say so twice.
+                    self.common.stays_full();
+                }
+            }
         }
-        let (connector, common) = (self.connector.clone(), self.common.clone());
+    }
+}
+
+// === impl Attempts ===
+
+impl Attempts {
+    /// Whether there is none, and none has failed just now.
+    fn may_begin(&mut self, now: Instant) -> bool {
+        self.pause = self.pause.filter(|pause| *pause > now);
+        self.dial.is_none() && self.pause.is_none()
+    }
+
+    fn begin(&mut self, replaces: Option<Arc<Core>>, connector: &Connector, common: &Arc<Common>) {
+        let (connector, common) = (connector.clone(), common.clone());
         let tls = connector.tls_number();
         let attempt = async move {
-            let open = connector.open(&common);
-            // Resolvers and dialers of one's own may panic.
-            match time::timeout(ATTEMPT, AssertUnwindSafe(open).catch_unwind()).await {
+            let turn = connector.turn();
+            // Resolvers and dialers of one's own may panic. It has its time from when it has its turn.
+            let open = AssertUnwindSafe(connector.open(&common)).catch_unwind();
+            match in_turn(turn, async { time::timeout(ATTEMPT, open).await }).await {
                 Ok(Ok(result)) => result,
                 Ok(Err(_panic)) => Err(failed("the connector panicked")),
                 Err(_elapsed) => Err(failed(format!("not connected within {ATTEMPT:?}"))),
@@ -201,33 +278,26 @@ impl Keeper {
         });
     }
 
-    fn dialled(&mut self, result: Result<Connection, Error>) {
-        let Some(Dial { replaces, tls, .. }) = self.dial.take() else {
-            return;
+    /// The one that is under way, when it has ended; never if there is none. Cancel safe.
+    async fn dialled(&mut self) -> (Dial, Result<Connection, Error>) {
+        let Some(dial) = &mut self.dial else {
+            return std::future::pending().await;
         };
-        match (result, self.set.upgrade()) {
-            (_, None) => {}
-            (Ok(connection), Some(set)) => {
-                self.failures = 0;
-                self.pause = None;
-                let new = Member::new(connection, &self.connector, tls);
-                tracing::debug!(address = %self.common.to.address, replaces = replaces.is_some(), "another connection is open");
-                match replaces {
-                    Some(old) => {
-                        set.replace(&old, Some(new));
-                        old.leave(|| "another has taken its place".to_owned());
-                    }
-                    None => set.add(new),
-                }
-                // Who waits for a stream finds some.
-                self.common.slot_free.notify_waiters();
-            }
-            (Err(why), Some(_)) => {
-                tracing::debug!(address = %self.common.to.address, error = %why, "another connection could not be opened");
-                self.pause = Some(Instant::now() + Backoff::default().delay(self.failures));
-                self.failures = self.failures.saturating_add(1);
-            }
+        let result = (&mut dial.attempt).await;
+        match self.dial.take() {
+            Some(dial) => (dial, result),
+            None => std::future::pending().await,
         }
+    }
+
+    fn failed(&mut self) {
+        self.pause = Some(Instant::now() + Backoff::default().delay(self.failures));
+        self.failures = self.failures.saturating_add(1);
+    }
+
+    fn forget(&mut self) {
+        self.failures = 0;
+        self.pause = None;
     }
 }
 
