@@ -3,7 +3,7 @@
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -16,6 +16,7 @@ use super::{Connector, core::Core, dial::Destination, identity::Identity, polite
 use crate::{
     endpoint::{BoxFuture, Lifeline},
     error::{Error, Kind},
+    sync::{Mutex, MutexGuard},
 };
 
 /// What all connections to one peer have in common: what their calls look like, who is woken when a stream is free,
@@ -86,7 +87,7 @@ impl Common {
             hears_of_crowds: AtomicBool::new(false),
             full: AtomicBool::new(false),
             news: Notify::new(),
-            life: Mutex::default(),
+            life: Mutex::new(Life::default()),
             why_over: OnceLock::new(),
             over: CancellationToken::new(),
             ended: CancellationToken::new(),
@@ -109,7 +110,14 @@ impl Common {
 
     /// A connection takes no new calls any more. When it was the last one that did, that is over, for its reason.
     pub(super) fn left(&self, core: &Core) {
-        let told = self.settle(&mut self.lock(), core.why_leaving());
+        let told = {
+            let mut life = self.lock();
+            if !life.alive.iter().any(|other| std::ptr::eq(&**other, core)) {
+                // It has not been let in, and will not be.
+                return;
+            }
+            self.settle(&mut life, core.why_leaving())
+        };
         self.tell(told);
         self.slot_free.notify_waiters();
     }
@@ -313,6 +321,9 @@ fn error_of((kind, reason): &Why) -> Error {
         None => error,
     }
 }
+
+#[cfg(all(test, switchboard_loom))]
+mod loom_tests;
 
 #[cfg(test)]
 mod tests {
