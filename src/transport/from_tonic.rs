@@ -1,4 +1,5 @@
-//! For those who come from `tonic::transport`: where each of its options is here, or why there is none.
+//! For those who come from `tonic::transport`: where each of its options is here, or why there is none, and how to get from
+//! `Channel::balance_channel` to a [`Channel`](crate::Channel) step by step.
 //!
 //! This page has no code. It goes by tonic 0.14. A generated client stays as it is: it takes a [`Channel`](crate::Channel)
 //! where it took tonic's, with its own options, `accept_compressed`, `max_decoding_message_size` and interceptors among
@@ -54,28 +55,57 @@
 //! | `Endpoint::connect`, which fails if the server is not there | the same, and [`ConnectionManager::ready`](crate::ConnectionManager::ready), which waits; for one connection without a manager [`Connector::connect_to`] |
 //! | `Endpoint::connect_with_connector`, `connect_with_connector_lazy`; `Channel::new`, `Channel::connect` | [`Connector::dial_with`], with a function that returns a stream of tokio's; TLS goes on over it, as in tonic |
 //! | `Channel::balance_list` | [`Fixed`](crate::registry::Fixed), a registry that never changes |
-//! | `Channel::balance_channel` | [`MemoryRegistry`](crate::MemoryRegistry) to [`register`](crate::MemoryRegistry) with, or a [`Discovery`](crate::discover::Discovery) of a stream of one's own |
+//! | `Channel::balance_channel` | [`MemoryRegistry`](crate::MemoryRegistry), or a [`Discovery`](crate::discover::Discovery) of a stream of one's own: see below |
 //! | `Channel::balance_channel_with_executor` | the same; none for the executor, see below |
 //! | `Endpoint::uri`, `get_tcp_nodelay`, `get_connect_timeout`, `get_tcp_keepalive`, `get_tcp_keepalive_interval`, `get_tcp_keepalive_retries` | none: `Debug` of a connector shows what was set, and [`status`](crate::ConnectionManager::status) whom it goes to |
 //!
-//! What stands in the place of `balance_channel`:
+//! # From `balance_channel`, step by step
 //!
-//! ```
-//! use switchboard::{ConnectionManager, MemoryRegistry, Session};
+//! 1. **Who feeds the sender.** What sent `Change::Insert` and `Change::Remove` becomes a registration, in a registry of this
+//!    process; in one that all can see, [`EtcdRegistry`](crate::EtcdRegistry), servers register themselves and there is
+//!    nobody left to feed it:
 //!
-//! # #[tokio::main(flavor = "current_thread")]
-//! # async fn main() -> Result<(), switchboard::Error> {
-//! let registry = MemoryRegistry::new();
-//! let manager = ConnectionManager::builder(registry.clone()).build();
-//! let _channel = manager.channel("echo");
+//!    ```
+//!    use std::collections::HashMap;
+//!    use switchboard::{ConnectionManager, MemoryRegistry, Session};
 //!
-//! // Change::Insert
-//! let held = registry.register(Session::new("echo", "10.0.0.5:21123").with_id(7)).await?;
-//! // Change::Remove; dropping it removes it too
-//! drop(held);
-//! # Ok(())
-//! # }
-//! ```
+//!    # #[tokio::main(flavor = "current_thread")]
+//!    # async fn main() -> Result<(), switchboard::Error> {
+//!    // let (channel, sender) = tonic::transport::Channel::balance_channel(64);
+//!    let registry = MemoryRegistry::new();
+//!    let manager = ConnectionManager::builder(registry.clone()).build();
+//!    let _channel = manager.channel("echo");
+//!    let mut held = HashMap::new();
+//!
+//!    // sender.send(Change::Insert(7, Endpoint::from_static("http://10.0.0.5:21123"))).await
+//!    let session = Session::new("echo", "10.0.0.5:21123").with_id(7);
+//!    held.insert(7, registry.register(session).await?);
+//!
+//!    // sender.send(Change::Remove(7)).await
+//!    held.remove(&7);
+//!    # Ok(())
+//!    # }
+//!    ```
+//!
+//!    A stream of changes that is there already becomes a [`Discovery`](crate::discover::Discovery) for a [`Pool`](crate::Pool),
+//!    or goes to one as it is: a pool takes any tower `Discover`. [`Update::Synced`](crate::discover::Update::Synced) is what
+//!    tower's changes cannot say: by it a call to a role that has nobody fails at once, where it would have waited.
+//! 2. **The client.** `EchoClient::new(channel)` stays as it is; cloning a [`Channel`](crate::Channel) is as cheap.
+//! 3. **Options of each `Endpoint`** become those of one [`Connector`], and of one
+//!    [`PoolConfig`](crate::pool::PoolConfig): see the tables below. Keepalive is on without being asked for.
+//! 4. **What was built around it.** Loops that make a call again, watch whether a server is there, or wait until one is, may
+//!    go: see the table that follows.
+//!
+//! | with `balance_channel` | here |
+//! | --- | --- |
+//! | An endpoint that could not be connected counts as ready, and takes its share of calls, each of which fails | It takes none: calls go to those that are connected. Where none is, they wait for a first attempt, and fail at once after that |
+//! | All endpoints count as equally loaded: one that hangs gets its share of calls | The less loaded of two is picked: one that hangs has the most calls in flight, and hardly gets more, until keepalive finds it out |
+//! | `Change::Remove` leaves calls in flight there until they end by themselves, if ever | They fail within milliseconds ([`Kind::SessionDeleted`](crate::Kind::SessionDeleted)); one that says that it stops finishes them |
+//! | The same key again dials anew | Where the address is the same, the connection stays |
+//! | An empty list: calls wait without a bound | They fail at once if it is known to be empty, and wait for [`PoolConfig::max_wait`](crate::pool::PoolConfig::max_wait) at most while that is not known |
+//! | A failure is `UNAVAILABLE`, with the words of the connection | The same code; the message and [`Error::of`](crate::Error::of) say who it was, why, and whether the call may have been executed |
+//! | Each call crosses a queue to one task that balances | It is picked for in its own task, from a snapshot |
+//! | Nobody sees what it does | [`status`](crate::ConnectionManager::status), [`events`](mod@crate::events) |
 //!
 //! # Of calls
 //!
