@@ -11,6 +11,9 @@
 //! than a network is, which spreads both. There are no sockets, no HTTP/2, no TLS and no etcd. Computing takes no time, so
 //! nothing here says how fast anything is.
 //!
+//! What the paused clock does not govern is what the crate only tells: the times in a pool's status, and how long ago, in errors
+//! and events, are by the system's clocks. Nothing is decided by them, and nothing here looks at them.
+//!
 //! What the scale is:
 //!
 //! | | clients | endpoints of each | endpoint tasks |

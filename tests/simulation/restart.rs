@@ -21,7 +21,7 @@ const BRISK: Duration = Duration::from_millis(500);
 async fn scene(test: &str) -> (Vec<Arc<Session>>, Client) {
     let mut random = seeded(test);
     let mut dial = || Duration::from_millis(random.u64(1..=20));
-    let servers = (0..ENDPOINTS).map(|id| Server::new(id, dial(), 1.0));
+    let servers = (0..ENDPOINTS).map(|id| Session::new(id, dial(), 1.0));
     let servers: Vec<_> = servers.collect();
     let began = Instant::now();
     let client = Client::of(PoolConfig::default(), &servers);

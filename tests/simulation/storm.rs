@@ -15,7 +15,7 @@ use std::{sync::Arc, time::Duration};
 use switchboard::pool::PoolConfig;
 use tokio::{time, time::Instant};
 
-use crate::world::{CLIENTS, Client, ENDPOINTS, Manner, REFUSAL, Server, Session, TICK, seeded};
+use crate::world::{CLIENTS, Client, ENDPOINTS, Manner, REFUSAL, Session, TICK, seeded};
 
 /// How many endpoints each client knows.
 const KNOWN: usize = 50;
@@ -109,9 +109,9 @@ impl Delays {
 async fn scene(config: PoolConfig, known: usize) -> (Arc<Session>, Vec<Client>) {
     let mut random = seeded("storm");
     let mut dial = || Duration::from_millis(random.u64(1..=20));
-    let others = (1..ENDPOINTS).map(|id| Server::new(id, dial(), 1.0));
+    let others = (1..ENDPOINTS).map(|id| Session::new(id, dial(), 1.0));
     let others: Vec<_> = others.collect();
-    let all_know = Server::new(0, Duration::from_millis(5), 1.0);
+    let all_know = Session::new(0, Duration::from_millis(5), 1.0);
     let clients = (0..CLIENTS).map(|n| {
         let ring = others.iter().cycle().skip(n * others.len() / CLIENTS);
         let knows: Vec<_> = [&all_know]

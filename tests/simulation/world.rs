@@ -83,22 +83,6 @@ struct Visit(Arc<Server>);
 // === impl Server ===
 
 impl Server {
-    pub(crate) fn new(id: usize, dial: Duration, speed: f64) -> Arc<Session> {
-        Arc::new(Session(Arc::new(Self {
-            peer: Arc::new(Peer::new("node", id.to_string(), format!("10.0.0.0:{id}"))),
-            dial,
-            speed,
-            in_flight: AtomicUsize::new(0),
-            most: AtomicUsize::new(0),
-            desk: Mutex::new(Desk {
-                manner: Manner::Answers,
-                life: CancellationToken::new(),
-                free: Instant::now(),
-                dialled: Vec::new(),
-            }),
-        })))
-    }
-
     /// All connections to it are gone, and it does this with those that dial.
     pub(crate) fn dies(&self, manner: Manner) {
         let mut desk = self.desk();
@@ -169,6 +153,27 @@ impl Server {
 
     fn desk(&self) -> MutexGuard<'_, Desk> {
         self.desk.lock().unwrap()
+    }
+}
+
+// === impl Session ===
+
+impl Session {
+    /// A server that answers, and nobody knows yet.
+    pub(crate) fn new(id: usize, dial: Duration, speed: f64) -> Arc<Self> {
+        Arc::new(Self(Arc::new(Server {
+            peer: Arc::new(Peer::new("node", id.to_string(), format!("10.0.0.0:{id}"))),
+            dial,
+            speed,
+            in_flight: AtomicUsize::new(0),
+            most: AtomicUsize::new(0),
+            desk: Mutex::new(Desk {
+                manner: Manner::Answers,
+                life: CancellationToken::new(),
+                free: Instant::now(),
+                dialled: Vec::new(),
+            }),
+        })))
     }
 }
 
