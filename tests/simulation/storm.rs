@@ -247,3 +247,19 @@ async fn a_registry_that_speaks_of_a_dead_server_all_the_time_has_it_dialled_thr
     println!("  {most} dials in a second at most, {mean} on average");
     assert!(most <= 3 * clients.len(), "{counts:?}");
 }
+
+/// Seen from its client, a connection that lived for an hour was of use, whether it carried a call or not.
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_lived_long_is_dialled_again_at_once_however_often_it_is_lost() {
+    seeded("lived long");
+    let server = Session::new(0, Duration::from_millis(5), 1.0);
+    let client = Client::of(PoolConfig::default(), std::slice::from_ref(&server));
+    for _ in 0..5 {
+        time::sleep(Duration::from_secs(3600)).await;
+        assert_eq!(client.ready(), 1);
+        let lost = Instant::now();
+        server.0.dies(Manner::Answers);
+        time::sleep(Duration::from_secs(10)).await;
+        assert_eq!(server.0.dialled(lost), [Duration::ZERO]);
+    }
+}
