@@ -27,7 +27,7 @@
 //! and a server sees only those that know it.
 //!
 //! Chance is seeded: that of the paper, and, as all tasks are on the test's thread, that of the crate. `SWITCHBOARD_SEED` sets it,
-//! `--nocapture` shows the figures.
+//! `--nocapture --test-threads=1` shows the figures. All of it takes 20 s of a processor in a debug build, and 300 MB.
 
 mod restart;
 mod spread;

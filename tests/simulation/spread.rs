@@ -248,14 +248,14 @@ async fn spread(speeds: &[f64], rate: f64, seconds: f64) {
 
 #[tokio::test(start_paused = true)]
 async fn endpoints_of_one_speed_have_as_many_calls_as_two_choices_promise() {
-    spread(&[1.0], 0.9, 15.0).await;
+    spread(&[1.0], 0.9, 10.0).await;
 }
 
 /// Half of them are three times as fast as the others. With a random choice the slow ones get more than they can do, and what
 /// waits there grows; with two they get what the fast ones leave.
 #[tokio::test(start_paused = true)]
 async fn endpoints_of_two_speeds_have_as_many_calls_as_two_choices_promise() {
-    spread(&[0.5, 1.5], 0.8, 15.0).await;
+    spread(&[0.5, 1.5], 0.8, 10.0).await;
 }
 
 /// No client knows of another's calls, so what is promised is promised of its own. A server that five know has at most what

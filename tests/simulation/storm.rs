@@ -235,7 +235,7 @@ async fn a_registry_that_speaks_of_a_dead_server_all_the_time_has_it_dialled_thr
     let (server, clients) = scene(PoolConfig::default(), 2).await;
     let died = Instant::now();
     server.0.dies(Manner::Refuses);
-    for _ in 0..300 {
+    for _ in 0..100 {
         for client in &clients {
             client.insert(0, &server);
         }
