@@ -1,11 +1,6 @@
 //! The task of one endpoint: dial, stay connected, dial again, give up, probe.
 
-use std::{
-    panic::AssertUnwindSafe,
-    pin::pin,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt as _, StreamExt as _};
 use tokio::{
@@ -120,7 +115,7 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
                     lifeline,
                     health,
                 })) => {
-                    let since = Instant::now();
+                    let since = time::Instant::now();
                     offline = false;
                     // Connected => (Lost | ended)
                     let why = match self.serve(service, lifeline.as_ref(), health).await {
