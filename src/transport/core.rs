@@ -40,6 +40,7 @@ pub(super) struct Core {
     resets: Resets,
     /// The limit of streams that h2 has yet to heed.
     limit: AtomicU64,
+    flush_owed: AtomicBool,
     /// Whether keepalive has ever pinged.
     kept_alive: AtomicBool,
     /// When something was last read, in nanoseconds after `born`.
@@ -77,6 +78,7 @@ impl Core {
             slots: Padded(Slots::new()),
             resets: Resets::new(),
             limit: AtomicU64::new(NONE),
+            flush_owed: AtomicBool::new(false),
             kept_alive: AtomicBool::new(false),
             last_read: AtomicU64::new(0),
             born: Instant::now(),
@@ -184,6 +186,18 @@ impl Core {
         if self.limit.load(Ordering::Relaxed) == streams as u64 {
             self.limit.store(NONE, Ordering::Relaxed);
         }
+    }
+
+    /// Whether something is gathered that is written with the next flush.
+    pub(super) fn owes_a_flush(&self, owes: bool) {
+        if self.flush_owed.load(Ordering::Relaxed) != owes {
+            self.flush_owed.store(owes, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether h2 has left it at that. This too is of the connection's task.
+    pub(super) fn take_owed_flush(&self) -> bool {
+        self.flush_owed.load(Ordering::Relaxed) && self.flush_owed.swap(false, Ordering::Relaxed)
     }
 
     /// Its peer is pinged for its own sake.

@@ -17,6 +17,7 @@ mod core;
 mod dial;
 mod frames;
 pub mod from_tonic;
+mod gather;
 #[cfg(feature = "health")]
 mod health;
 mod identity;

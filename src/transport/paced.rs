@@ -73,6 +73,10 @@ where
             _ => {}
         }
         let ended = Pin::new(&mut self.connection).poll(cx);
+        if self.core.take_owed_flush() {
+            // It does not do this: but gathered frames that nobody flushes would wait for whatever comes next.
+            cx.waker().wake_by_ref();
+        }
         // Only a full house can have anybody waiting; a lower limit may make one.
         let news = self.core.awaits_limit() || !self.core.has_slot();
         if news && ended.is_pending() {

@@ -149,33 +149,28 @@ where
         sent
     }
 
-    async fn send_data(&mut self, mut data: Bytes) -> Result<(), Over> {
-        let mut left = 0;
-        while !data.is_empty() {
-            self.stream()?.reserve_capacity(data.len());
-            let room = poll_fn(|cx| self.poll_room(cx)).await?;
-            let part = data.split_to(room.min(data.len()));
-            left = room - part.len();
-            self.stream()?.send_data(part, false).map_err(|_| Over)?;
+    /// Hands it to h2 as a whole once there is room for some of it: it is in memory anyway, and h2 cuts it to what the windows
+    /// allow without waking this task for each part. So h2 has what is in the window, and one frame of the body.
+    async fn send_data(&mut self, data: Bytes) -> Result<(), Over> {
+        if data.is_empty() {
+            return Ok(());
         }
-        if left > 0 {
-            // What is reserved and not used would be withheld from other streams.
-            self.stream()?.reserve_capacity(0);
-        }
-        Ok(())
+        self.stream()?.reserve_capacity(1);
+        poll_fn(|cx| self.poll_room(cx)).await?;
+        self.stream()?.send_data(data, false).map_err(|_| Over)
     }
 
-    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, Over>> {
+    /// Until h2 may send more of this stream than it has.
+    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Over>> {
         loop {
             let stream = self.stream()?;
             // What is left of an earlier grant is not announced again.
-            match stream.capacity() {
-                0 => {}
-                room => return Poll::Ready(Ok(room)),
+            if stream.capacity() > 0 {
+                return Poll::Ready(Ok(()));
             }
             match stream.poll_capacity(cx) {
                 Poll::Ready(Some(Ok(0))) => {}
-                Poll::Ready(Some(Ok(room))) => return Poll::Ready(Ok(room)),
+                Poll::Ready(Some(Ok(_))) => return Poll::Ready(Ok(())),
                 Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(Err(Over)),
                 Poll::Pending => return self.poll_reset(cx).map(|()| Err(Over)),
             }

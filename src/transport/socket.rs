@@ -10,7 +10,7 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{core::Core, frames::Frames};
+use super::{core::Core, frames::Frames, gather::Gather};
 
 /// How an alert of TLS begins: its content type, and the version's first byte. HTTP/2 begins with a frame of
 /// at most 16 KiB; this would be one of more than 1 MiB.
@@ -22,6 +22,7 @@ pub(super) struct Socket<I> {
     core: Arc<Core>,
     heard: bool,
     frames: Frames,
+    gather: Gather,
     /// A write failed, and what the peer had said before that is being looked for.
     write_failed: Option<io::Error>,
 }
@@ -35,6 +36,7 @@ impl<I> Socket<I> {
             core,
             heard: false,
             frames: Frames::default(),
+            gather: Gather::default(),
             write_failed: None,
         }
     }
@@ -68,6 +70,22 @@ impl<I: AsyncRead + Unpin> Socket<I> {
             Poll::Ready(Err(said)) if said.kind() == io::ErrorKind::InvalidData => said,
             Poll::Ready(_) => failed,
         }))
+    }
+}
+
+impl<I: AsyncRead + AsyncWrite + Unpin> Socket<I> {
+    /// Writes what was gathered.
+    fn poll_gathered(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.gather.rest().is_empty() {
+            let gather = std::mem::take(&mut self.gather);
+            let result = self.poll_written(cx, |io, cx| io.poll_write(cx, gather.rest()));
+            self.gather = gather;
+            match ready!(result)? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                written => self.gather.wrote(written),
+            }
+        }
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -109,18 +127,25 @@ impl<I: AsyncRead + Unpin> AsyncRead for Socket<I> {
 
 impl<I: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Socket<I> {
     fn poll_write(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.poll_written(cx, |io, cx| io.poll_write(cx, buf))
+        self.poll_write_vectored(cx, &[io::IoSlice::new(buf)])
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let puts_off = self.gather.puts_off();
+        self.core.owes_a_flush(puts_off);
+        if puts_off {
+            return Poll::Ready(Ok(()));
+        }
+        ready!(self.poll_gathered(cx))?;
         self.poll_written(cx, |io, cx| io.poll_flush(cx))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_gathered(cx))?;
         Pin::new(&mut self.io).poll_shutdown(cx)
     }
 
@@ -129,7 +154,15 @@ impl<I: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Socket<I> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.poll_written(cx, |io, cx| io.poll_write_vectored(cx, bufs))
+        loop {
+            if let Some(taken) = self.gather.take(bufs) {
+                return Poll::Ready(Ok(taken));
+            }
+            if self.gather.rest().is_empty() {
+                return self.poll_written(cx, |io, cx| io.poll_write_vectored(cx, bufs));
+            }
+            ready!(self.poll_gathered(cx))?;
+        }
     }
 
     fn is_write_vectored(&self) -> bool {
