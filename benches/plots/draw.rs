@@ -90,13 +90,17 @@ impl<'p> Sheet<'p> {
         }
     }
 
-    /// Whose lines are which, from `at` on to the right.
-    pub(crate) fn legend(&self, at: (i32, i32), names: &[(Line, &str)]) {
+    /// Whose lines are which, with marks or without, from `at` on to the right.
+    pub(crate) fn legend(&self, at: (i32, i32), names: &[(Line, &str)], marks: bool) {
         let (mut x, y) = at;
         for (line, name) in names {
-            let stroke = line.color().stroke_width(2);
+            let stroke = line
+                .color()
+                .stroke_width(if marks { 2 } else { line.width() });
             put(&self.root, PathElement::new([(x, y), (x + 26, y)], stroke));
-            line.mark(&self.root, (x + 13, y));
+            if marks {
+                line.mark(&self.root, (x + 13, y));
+            }
             let style = text(13, INK, HPos::Left, VPos::Center, false);
             self.text((x + 34, y), name, &style);
             // About as wide as it is in most fonts.
@@ -170,32 +174,27 @@ impl<'p> Sheet<'p> {
 // === impl Panel ===
 
 impl<'p> Panel<'p> {
-    /// A line with its marks, over how far it spreads.
-    pub(crate) fn line(&mut self, line: Line, points: &[Point]) {
-        let upper = points.iter().map(|point| (point.x, point.spread.1));
-        let lower = points.iter().rev().map(|point| (point.x, point.spread.0));
-        let band = Polygon::new(
-            upper.chain(lower).collect::<Vec<_>>(),
-            line.color().mix(0.16),
-        );
-        self.draw(band);
-        let middle = points.iter().map(|point| (point.x, point.y));
-        self.draw(PathElement::new(
-            middle.collect::<Vec<_>>(),
-            line.color().stroke_width(2),
-        ));
-        for point in points {
-            line.mark(&self.root, self.pixel(point.x, point.y));
+    /// Lines with their marks, over how far they spread.
+    pub(crate) fn lines(&mut self, lines: &[(Line, &[Point])]) {
+        for (line, points) in lines {
+            let upper = points.iter().map(|point| (point.x, point.spread.1));
+            let lower = points.iter().rev().map(|point| (point.x, point.spread.0));
+            let around: Vec<_> = upper.chain(lower).collect();
+            self.draw(Polygon::new(around, line.color().mix(0.16)));
+        }
+        for (line, points) in lines {
+            let middle: Vec<_> = points.iter().map(|point| (point.x, point.y)).collect();
+            self.draw(PathElement::new(middle, line.color().stroke_width(2)));
+            for point in *points {
+                line.mark(&self.root, self.pixel(point.x, point.y));
+            }
         }
     }
 
     /// A line without marks, of many points. Theirs is wider, to be seen where ours lies on it.
     pub(crate) fn curve(&mut self, line: Line, points: Vec<(f64, f64)>) {
-        let width = match line {
-            Line::Ours => 2,
-            Line::Theirs => 4,
-        };
-        self.draw(PathElement::new(points, line.color().stroke_width(width)));
+        let stroke = line.color().stroke_width(line.width());
+        self.draw(PathElement::new(points, stroke));
     }
 
     /// What a point is, above or below it, or aside from a line that rises.
@@ -258,6 +257,14 @@ impl Line {
         match self {
             Self::Ours => RGBColor(0x00, 0x72, 0xb2),
             Self::Theirs => RGBColor(0xd5, 0x5e, 0x00),
+        }
+    }
+
+    /// In pixels, of a line without marks.
+    const fn width(self) -> u32 {
+        match self {
+            Self::Ours => 2,
+            Self::Theirs => 4,
         }
     }
 

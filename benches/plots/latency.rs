@@ -7,8 +7,12 @@ use crate::{
     draw::{Axis, Line, Point, Sheet},
     machine,
     support::{
-        callers::Candidate, measure::Threads, measure::share, paced::moments, servers::Servers,
+        callers::Candidate,
+        measure::{Threads, share},
+        paced::moments,
+        servers::Servers,
     },
+    thousands,
     throughput::{CANDIDATES, pairs, values},
 };
 
@@ -77,7 +81,10 @@ fn draw(plan: &Plan, rounds: usize, mut lines: [Vec<Point>; 4]) {
     let sheet = Sheet::new(
         &path,
         height,
-        &format!("Time to the answer at {RATE} calls per second"),
+        &format!(
+            "Time to the answer, at {} calls per second",
+            thousands(RATE)
+        ),
         &[
             "Calls come at random moments, whether those before them are answered or not. Lower is better.",
         ],
@@ -90,7 +97,7 @@ fn draw(plan: &Plan, rounds: usize, mut lines: [Vec<Point>; 4]) {
         point.y = point.y.log10();
         point.spread = (point.spread.0.log10(), point.spread.1.log10());
     }
-    let range = (lowest / 1.5).log10()..(highest * 1.3).log10();
+    let range = (lowest / 1.7).log10()..(highest * 1.3).log10();
     let ticks = [
         20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000,
     ];
@@ -113,9 +120,7 @@ fn draw(plan: &Plan, rounds: usize, mut lines: [Vec<Point>; 4]) {
     };
     for (half, pair) in pairs(&sheet, 92).into_iter().zip(lines.chunks(2)) {
         let mut panel = sheet.panel(half, 166..374, &across, &up, &[]);
-        for (points, line) in pair.iter().zip([Line::Ours, Line::Theirs]) {
-            panel.line(line, points);
-        }
+        panel.lines(&[(Line::Ours, &pair[0]), (Line::Theirs, &pair[1])]);
         values(&panel, pair, true, |log| words(10_f64.powf(log)));
     }
     sheet.caption(height - 14, &[

@@ -67,3 +67,10 @@ fn machine() -> String {
         "One {cores}-core machine, client and servers together, over loopback; unary calls of 16 bytes there and back."
     )
 }
+
+fn thousands(n: u32) -> String {
+    match n {
+        ..1_000 => n.to_string(),
+        _ => format!("{},{:03}", n / 1_000, n % 1_000),
+    }
+}

@@ -16,6 +16,7 @@ use crate::{
         paced::{Ended, evenly},
         servers::Servers,
     },
+    thousands,
 };
 
 /// Calls a second: far below what any of them can do.
@@ -151,7 +152,7 @@ fn buckets(rounds: &[Vec<Ended>]) -> Vec<Bucket> {
 }
 
 fn draw(plan: &Plan, rounds: usize, all: &[Vec<Vec<Ended>>; 2]) {
-    let height = 748;
+    let height = 762;
     let path = plan.folder.join("recovery.svg");
     let sheet = Sheet::new(
         &path,
@@ -171,6 +172,7 @@ fn draw(plan: &Plan, rounds: usize, all: &[Vec<Vec<Ended>>; 2]) {
             (Line::Ours, "switchboard"),
             (Line::Theirs, "tonic balance_list"),
         ],
+        false,
     );
     let lines = all.each_ref().map(|rounds| buckets(rounds));
     let most_failed = lines.iter().flatten().map(|bucket| bucket.failed);
@@ -252,11 +254,4 @@ fn draw(plan: &Plan, rounds: usize, all: &[Vec<Vec<Ended>>; 2]) {
         &format!("Client: two workers. Servers: four processes of one thread each. Buckets of 50 ms, over {rounds} rounds taken in turns."),
     ]);
     sheet.write();
-}
-
-fn thousands(n: u32) -> String {
-    match n {
-        ..1_000 => n.to_string(),
-        _ => format!("{},{:03}", n / 1_000, n % 1_000),
-    }
 }

@@ -100,9 +100,7 @@ fn draw(plan: &Plan, rounds: usize, lines: &[Vec<Point>; 4]) {
     };
     for (half, pair) in pairs(&sheet, 92).into_iter().zip(lines.chunks(2)) {
         let mut panel = sheet.panel(half, 166..374, &across, &up, &[]);
-        for (points, line) in pair.iter().zip([Line::Ours, Line::Theirs]) {
-            panel.line(line, points);
-        }
+        panel.lines(&[(Line::Ours, &pair[0]), (Line::Theirs, &pair[1])]);
         values(&panel, pair, false, |value| format!("{value:.0}"));
     }
     sheet.caption(height - 14, &[
@@ -123,6 +121,7 @@ pub(crate) fn pairs(sheet: &Sheet<'_>, y: i32) -> [std::ops::Range<i32>; 2] {
         sheet.legend(
             (left, y + 24),
             &[(Line::Ours, "switchboard"), (Line::Theirs, other)],
+            true,
         );
     }
     HALVES
