@@ -1,4 +1,4 @@
-//! `cargo bench --bench plots [-- --quick]`: what this crate and tonic's channels do under the same calls, measured, printed,
+//! `cargo bench --bench plots [-- --quick] [throughput | latency | recovery]`: what this crate and tonic's channels do under the same calls, measured, printed,
 //! and drawn into `docs/plots/`, in under four minutes. A quick one draws elsewhere: its figures are too few to keep.
 //!
 //! Candidates take turns, round by round, so that what else the machine does falls on all of them.
@@ -30,8 +30,17 @@ fn main() {
     fs::create_dir_all(&plan.folder).expect("a folder for the plots");
     let began = Instant::now();
     println!("# {}", measure::machine());
-    for run in [throughput::run, latency::run, recovery::run] {
-        run(&plan);
+    // cargo adds `--bench`; anything else is a plot's name.
+    let args = std::env::args().skip(1);
+    let filters: Vec<_> = args.filter(|arg| !arg.starts_with('-')).collect();
+    for (name, run) in [
+        ("throughput", throughput::run as fn(&Plan)),
+        ("latency", latency::run),
+        ("recovery", recovery::run),
+    ] {
+        if filters.is_empty() || filters.iter().any(|filter| filter == name) {
+            run(&plan);
+        }
     }
     println!("# drawn into {}", plan.folder.display());
     println!("# {:.0} s", began.elapsed().as_secs_f64());
