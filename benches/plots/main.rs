@@ -1,5 +1,6 @@
-//! `cargo bench --bench plots [-- --quick] [throughput | latency | recovery]`: what this crate and tonic's channels do under the same calls, measured, printed,
-//! and drawn into `docs/plots/`, in under four minutes. A quick one draws elsewhere: its figures are too few to keep.
+//! `cargo bench --bench plots [-- --quick] [throughput | latency | recovery]`: what this crate and tonic's
+//! channels do under the same calls, measured, printed, and drawn into `docs/plots/`, in under four minutes.
+//! A quick one draws elsewhere: its figures are too few to keep.
 //!
 //! Candidates take turns, round by round, so that what else the machine does falls on all of them.
 
