@@ -11,8 +11,9 @@ use std::{
 
 use bytes::Bytes;
 use switchboard::{ConnectionManager, Session, registry::Fixed, transport::Connector};
-use tokio::task::JoinSet;
+use tokio::{runtime::Runtime, task::JoinSet, time};
 use tonic::{
+    Request,
     client::GrpcService,
     codegen::{Body, StdError},
     transport::{Channel, Endpoint},
@@ -21,12 +22,18 @@ use tonic::{
 use super::{
     echo::{EchoRequest, echo_client::EchoClient},
     measure::{Slice, processor_time, quantile},
+    paced::{self, Ended},
     raw::RawH2,
 };
 
 /// Makes one unary call, and reads its answer to the end.
 pub(crate) trait Caller: Clone + Send + Sync + 'static {
     fn call(&mut self) -> impl Future<Output = ()> + Send;
+
+    /// The same with a deadline, and whether it was answered.
+    fn try_call(&mut self, within: Duration) -> impl Future<Output = bool> + Send {
+        async move { time::timeout(within, self.call()).await.is_ok() }
+    }
 }
 
 /// A candidate: any [`Caller`], connected.
@@ -170,6 +177,14 @@ where
     async fn call(&mut self) {
         self.unary(message()).await.expect("the call is answered");
     }
+
+    async fn try_call(&mut self, within: Duration) -> bool {
+        let mut request = Request::new(message());
+        request.set_timeout(within);
+        // Who keeps no deadline fails as well, but later.
+        let answer = time::timeout(5 * within, self.unary(request)).await;
+        matches!(answer, Ok(Ok(_)))
+    }
 }
 
 impl Load {
@@ -257,6 +272,18 @@ impl Candidate {
         let each = calls.div_ceil(in_flight);
         self.0.run(in_flight, Bound::Calls(each)).await;
     }
+
+    /// Makes a call at each of these moments after `began`, however many are in flight, from this thread, which is none of
+    /// the runtime's; each has to be answered `within` that time.
+    pub(crate) fn paced(
+        &self,
+        runtime: &Runtime,
+        began: Instant,
+        moments: &[Duration],
+        within: Duration,
+    ) -> Vec<Ended> {
+        self.0.paced(runtime, began, moments, within)
+    }
 }
 
 /// When a task has called enough.
@@ -270,6 +297,14 @@ enum Bound {
 trait Drive {
     /// Yields how long each call took, in nanoseconds.
     fn run(&self, in_flight: usize, bound: Bound) -> Pin<Box<dyn Future<Output = Vec<u32>> + '_>>;
+
+    fn paced(
+        &self,
+        runtime: &Runtime,
+        began: Instant,
+        moments: &[Duration],
+        within: Duration,
+    ) -> Vec<Ended>;
 }
 
 impl<C: Caller> Drive for C {
@@ -281,6 +316,16 @@ impl<C: Caller> Drive for C {
             }
             tasks.join_all().await.concat()
         })
+    }
+
+    fn paced(
+        &self,
+        runtime: &Runtime,
+        began: Instant,
+        moments: &[Duration],
+        within: Duration,
+    ) -> Vec<Ended> {
+        paced::run(self, runtime, began, moments, within)
     }
 }
 

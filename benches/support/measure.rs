@@ -107,6 +107,14 @@ pub(crate) fn median(values: &mut [f64]) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
+/// The value that this share of them stay under, in place.
+pub(crate) fn share(values: &mut [f64], of_all: f64) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let last = values.len().saturating_sub(1);
+    let rank = (last as f64 * of_all).round() as usize;
+    values.get(rank).copied().unwrap_or(f64::NAN)
+}
+
 /// The value that `per_mille` of 1,000 stay under.
 pub(crate) fn quantile(values: &mut [u32], per_mille: usize) -> Duration {
     if values.is_empty() {

@@ -10,6 +10,7 @@ pub(crate) mod echo;
 pub(crate) mod fleet;
 pub(crate) mod layers;
 pub(crate) mod measure;
+pub(crate) mod paced;
 pub(crate) mod pools;
 pub(crate) mod raw;
 pub(crate) mod servers;

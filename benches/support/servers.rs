@@ -10,6 +10,10 @@ use std::{
 };
 
 use futures_core::Stream;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use tokio::{net::TcpListener, runtime, task::JoinSet};
 use tokio_stream::{StreamExt as _, wrappers::TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming, transport::Server};
@@ -24,6 +28,9 @@ const ROLE: &str = "SWITCHBOARD_BENCH_SERVERS";
 
 /// In place of a number: one server, that allows any number of calls on a connection.
 const ROOMY: &str = "roomy";
+
+/// Before a port: one server, that listens there.
+const AT: &str = "at ";
 
 /// A process with tonic servers, ended when this is dropped.
 pub(crate) struct Servers {
@@ -40,6 +47,25 @@ impl Servers {
     /// One that allows any number of calls on a connection.
     pub(crate) fn start_roomy() -> Self {
         Self::start_with(1, ROOMY)
+    }
+
+    /// One on this port, on which another may have listened before.
+    pub(crate) fn start_at(port: u16) -> Self {
+        Self::start_with(1, &format!("{AT}{port}"))
+    }
+
+    /// They stand still, and their connections with them, until they go on.
+    pub(crate) fn stand_still(&self) {
+        self.signal(Signal::SIGSTOP);
+    }
+
+    pub(crate) fn go_on(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let process = i32::try_from(self.id()).expect("a process's id");
+        kill(Pid::from_raw(process), signal).expect("it is there, and ours");
     }
 
     fn start_with(count: usize, role: &str) -> Self {
@@ -84,9 +110,12 @@ pub(crate) fn run_if_asked() {
     let Ok(role) = env::var(ROLE) else {
         return;
     };
-    let (count, streams) = match &*role {
-        ROOMY => (1, Some(u32::MAX)),
-        count => (count.parse().expect("a number of servers"), None),
+    let (count, port, streams) = match &*role {
+        ROOMY => (1, 0, Some(u32::MAX)),
+        role => match role.strip_prefix(AT) {
+            Some(port) => (1, port.parse().expect("a port"), None),
+            None => (role.parse().expect("a number of servers"), 0, None),
+        },
     };
     // A parent that is gone, in whatever way, has closed our stdin.
     thread::spawn(|| {
@@ -98,15 +127,16 @@ pub(crate) fn run_if_asked() {
         .enable_all()
         .build()
         .expect("a runtime");
-    runtime.block_on(serve(count, streams));
+    runtime.block_on(serve(count, port, streams));
     std::process::exit(0);
 }
 
-async fn serve(count: usize, streams: Option<u32>) {
+async fn serve(count: usize, port: u16, streams: Option<u32>) {
     let mut servers = JoinSet::new();
     for _ in 0..count {
         // All of 127.0.0.0/8 leads here: so one server can stand for thousands, each at an address of its own.
-        let listener = TcpListener::bind("0.0.0.0:0").await.expect("a free port");
+        let listener = TcpListener::bind(("0.0.0.0", port)).await;
+        let listener = listener.expect("a free port");
         let port = listener.local_addr().expect("its address").port();
         println!("127.0.0.1:{port}");
         let mut server = Server::builder();
