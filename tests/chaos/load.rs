@@ -35,6 +35,9 @@ const ATTEMPTS: u32 = 5;
 /// before the last. A call that has not the time for its pause fails at once, with what was the last attempt's end.
 const LONGEST_PAUSE: Duration = Duration::from_millis(960);
 
+/// How often each caller prints what must not be at once; all of it is counted.
+const TOLD: u64 = 3;
+
 pub(crate) struct Load {
     shared: Arc<Shared>,
     callers: JoinSet<()>,
@@ -239,8 +242,8 @@ impl Caller {
         // Whoever had it first may have had most of its time.
         let excused = by.iter().any(|id| truth.was_disturbed(id));
         let may_be_repeated = self.policy.is_some();
-        let wrong = self.tally.failed(failure, may_be_repeated, excused, &truth);
-        if wrong {
+        let is_new = self.tally.failed(failure, may_be_repeated, excused, &truth);
+        if is_new {
             let executed = self.ledger.executed(failure.number, failure.began);
             println!(
                 "           its deadline was {:?}, it took {:.1?}, began {:.1?} ago and was {executed}",
@@ -275,7 +278,7 @@ pub(crate) async fn call(
 // === impl Tally ===
 
 impl Tally {
-    /// Whether it must not be.
+    /// Whether it must not be, and nothing like it had been before.
     fn failed(
         &mut self,
         failure: &Failure,
@@ -285,11 +288,12 @@ impl Tally {
     ) -> bool {
         let status = &failure.status;
         let Some(error) = Error::of(status) else {
+            let before = self.wrong.len();
             self.is_wrong(format!(
                 "a failure of the server itself: {}",
                 status.message()
             ));
-            return true;
+            return self.wrong.len() > before;
         };
         let what = format!("{:?}, {:?}", error.kind(), error.sent());
         let what = match may_be_repeated {
@@ -300,7 +304,7 @@ impl Tally {
         let in_time = error.kind() != Kind::DeadlineExceeded;
         let peer = error.peer().map(|peer| peer.id.to_string());
         let excused = excused || peer.as_ref().is_some_and(|id| truth.was_disturbed(id));
-        let before = self.wrong.values().sum::<u64>();
+        let before = self.wrong.len();
         match (error.sent(), peer) {
             // So little time may not be enough.
             _ if !in_time && failure.deadline < DEADLINE => {}
@@ -314,6 +318,8 @@ impl Tally {
                     error.kind()
                 ));
             }
+            // Nobody is registered: etcd can have deleted the sessions of all who were well at once, see the end.
+            _ if error.kind() == Kind::NoSession && truth.were_all_gone() => {}
             // There are always others, and they are well.
             (Sent::Unsent | Sent::Unprocessed, _) => {
                 self.is_wrong(format!(
@@ -329,12 +335,15 @@ impl Tally {
                 error.kind(),
             )),
         }
-        self.wrong.values().sum::<u64>() > before
+        self.wrong.len() > before
     }
 
     fn is_wrong(&mut self, what: String) {
-        println!("           !!! {what}");
-        *self.wrong.entry(what).or_default() += 1;
+        let times = self.wrong.entry(what.clone()).or_default();
+        *times += 1;
+        if *times <= TOLD {
+            println!("           !!! {what}");
+        }
     }
 
     fn add(&mut self, other: Self) {

@@ -33,6 +33,10 @@ const CLIENTS: usize = 4;
 const TTL: Duration = Duration::from_secs(5);
 const SECOND: Duration = Duration::from_secs(1);
 
+/// How long after a server was told that its session was lost that may be seen in calls: it is judged a second later, and
+/// another session takes its time while etcd finds a leader.
+const GONE: Duration = Duration::from_secs(5);
+
 /// How long what was done to a server may be seen in calls that it had.
 const AFTERMATH: Duration = Duration::from_secs(10);
 
@@ -68,8 +72,9 @@ pub(crate) struct Truth {
     disturbed: BTreeMap<&'static str, Instant>,
     /// Whose network fails.
     afflicted: BTreeSet<&'static str>,
-    /// How often etcd deleted the session of a server that was well.
+    /// How often etcd deleted the session of a server that was well, and when it did so last.
     deleted: u64,
+    lost: BTreeMap<&'static str, Instant>,
     wrong: Wrong,
 }
 
@@ -410,6 +415,14 @@ impl Truth {
             || at.is_some_and(|at| at.elapsed() < AFTERMATH)
     }
 
+    /// Whether nobody may have been registered just now.
+    pub(crate) fn were_all_gone(&self) -> bool {
+        SERVERS.iter().all(|id| {
+            let lost = self.lost.get(id);
+            !self.well.contains_key(id) || lost.is_some_and(|at| at.elapsed() < GONE)
+        })
+    }
+
     /// This is what must not be.
     pub(crate) fn is_wrong(&mut self, what: &str) {
         *self.wrong.entry(what.to_owned()).or_default() += 1;
@@ -425,6 +438,7 @@ async fn listen(id: &'static str, mut events: RegistrationEvents, truth: Arc<Mut
         {
             let mut truth = lock(&truth);
             truth.is_disturbed(id);
+            truth.lost.insert(id, Instant::now());
             truth.deleted += 1;
         }
     }
