@@ -455,7 +455,7 @@ fn code_of_reset(reason: h2::Reason) -> Code {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
+    use tokio::time::Instant;
 
     use super::*;
 

@@ -3,8 +3,9 @@
 //! tonic shows a status's message and not its sources, so everything stands in the message: the role, the
 //! peer, the reason and the causes.
 
-use std::{borrow::Cow, error::Error as StdError, fmt, sync::Arc, time::Instant};
+use std::{borrow::Cow, error::Error as StdError, fmt, sync::Arc};
 
+use tokio::time::Instant;
 use tonic::Status;
 
 use super::{Error, Kind, Peer, SharedError};

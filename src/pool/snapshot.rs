@@ -1,10 +1,8 @@
 //! The immutable set of endpoints that calls are picked from, and what is known of each.
 
-use std::{
-    fmt,
-    sync::Arc,
-    time::{Instant, SystemTime},
-};
+use std::{fmt, sync::Arc, time::SystemTime};
+
+use tokio::time::Instant;
 
 use super::{
     avoid::Avoid,

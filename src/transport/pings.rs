@@ -41,12 +41,12 @@ pub(super) async fn run(core: Arc<Core>, mut pings: PingPong, keepalive: Keepali
             let answer = pings.ping(Ping::opaque());
             tokio::pin!(answer);
             loop {
-                let due = asked.max(Instant::from_std(core.last_read())) + keepalive.timeout;
+                let due = asked.max(core.last_read()) + keepalive.timeout;
                 match time::timeout_at(due, &mut answer).await {
                     Ok(Ok(_)) => break,
                     // The connection is ending, and says why itself.
                     Ok(Err(_)) => return,
-                    Err(_) if due < Instant::from_std(core.last_read()) + keepalive.timeout => {}
+                    Err(_) if due < core.last_read() + keepalive.timeout => {}
                     // Without keepalive nobody is given up on; nor are cancelled calls held for ever.
                     Err(_) if keepalive.interval.is_none() => {
                         core.resets().confirmed();
@@ -76,7 +76,7 @@ async fn quiet(core: &Core, keepalive: &Keepalive) {
         return std::future::pending().await;
     };
     loop {
-        let due = Instant::from_std(core.last_read()) + interval;
+        let due = core.last_read() + interval;
         if due > Instant::now() {
             time::sleep_until(due).await;
         } else if !keepalive.while_idle && core.streams() == 0 {

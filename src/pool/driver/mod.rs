@@ -12,7 +12,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     thread,
-    time::{Instant, SystemTime},
+    time::SystemTime,
 };
 
 use futures_core::Stream;
@@ -20,6 +20,7 @@ use futures_util::{FutureExt as _, StreamExt as _};
 use tokio::{
     sync::{Notify, Semaphore, mpsc, watch},
     task::JoinSet,
+    time::Instant,
 };
 
 pub(super) use self::end::CLOSING;
