@@ -66,10 +66,18 @@ impl Frames {
     pub(super) fn read(&mut self, mut bytes: &[u8]) -> Option<GoAway> {
         let mut found = None;
         while !bytes.is_empty() {
-            // Most heads are there as a whole, and most frames are passed over.
             if self.have == 0
                 && let Some((head, rest)) = bytes.split_first_chunk()
             {
+                // Most frames are here as a whole, and none of those that are looked for.
+                let ([_, _, _, kind, ..], length) = (*head, length_of(*head));
+                if kind != GOAWAY
+                    && kind != SETTINGS
+                    && let Some((_, rest)) = rest.split_at_checked(length)
+                {
+                    bytes = rest;
+                    continue;
+                }
                 self.begin(*head);
                 bytes = rest;
             } else if self.have < HEAD {
@@ -113,9 +121,9 @@ impl Frames {
 
     #[inline]
     fn begin(&mut self, head: [u8; HEAD]) {
-        let [a, b, c, kind, flags, ..] = head;
+        let [_, _, _, kind, flags, ..] = head;
         self.have = HEAD;
-        self.left = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
+        self.left = length_of(head);
         if kind == GOAWAY {
             self.going = Some(Vec::new());
         }
@@ -123,6 +131,11 @@ impl Frames {
             self.settings = Some(Settings::default());
         }
     }
+}
+
+/// How long the payload is that follows this head.
+fn length_of([a, b, c, ..]: [u8; HEAD]) -> usize {
+    usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c)
 }
 
 // === impl Settings ===
