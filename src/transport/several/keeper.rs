@@ -135,7 +135,9 @@ impl Keeper {
         let replaces = replaces.and_then(|dial| dial.replaces.as_ref());
         let one_more = usize::from(replaces.is_some_and(|core| core.is_leaving()));
         let room = open.len() + one_more < self.connector.size.most;
-        let grows = self.growth.may_begin(now) && room;
+        // Both are asked each time: what they say to be paused by has to be ahead.
+        let (grows, renews) = (self.growth.may_begin(now), self.renewal.may_begin(now));
+        let grows = grows && room;
         // Where none can be had, it is not asked: who finds that so would wake this task each time.
         let told = grows && self.common.take_full();
         let full = told || std::mem::take(&mut self.was_full) || self.common.is_full();
@@ -194,7 +196,7 @@ impl Keeper {
         }
         if let Some((due, core)) = due
             && due <= now
-            && self.renewal.may_begin(now)
+            && renews
         {
             let core = Some(core.clone());
             self.renewal.begin(core, &self.connector, &self.common);
