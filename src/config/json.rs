@@ -369,5 +369,7 @@ impl<'a> At<'a> {
     }
 }
 
+#[cfg(any(fuzzing, test))]
+mod printed;
 #[cfg(test)]
 mod tests;

@@ -375,7 +375,7 @@ impl fmt::Debug for Tls {
     }
 }
 
-fn parse_name(name: &str) -> Result<ServerName<'static>, Error> {
+pub(crate) fn parse_name(name: &str) -> Result<ServerName<'static>, Error> {
     let bare = name.strip_prefix('[').and_then(|n| n.strip_suffix(']'));
     ServerName::try_from(bare.unwrap_or(name).to_owned()).map_err(|_| {
         let why = format!("{name:?} is neither a DNS name nor an IP address");
@@ -384,7 +384,7 @@ fn parse_name(name: &str) -> Result<ServerName<'static>, Error> {
 }
 
 /// Certificates that can be roots.
-fn roots(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
+pub(crate) fn roots(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
     let found = certificates(what, pem)?;
     let mut store = RootCertStore::empty();
     for (n, certificate) in found.iter().enumerate() {
@@ -395,7 +395,7 @@ fn roots(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> 
     Ok(found)
 }
 
-fn certificates(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
+pub(crate) fn certificates(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
     let found: Vec<_> = CertificateDer::pem_slice_iter(pem)
         .collect::<Result<_, _>>()
         .map_err(|error| invalid(what, error))?;

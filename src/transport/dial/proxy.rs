@@ -32,8 +32,8 @@ const HEAD_MOST: usize = 8 << 10;
 #[derive(Clone)]
 pub struct Proxy {
     /// `host:port`, and valid.
-    address: String,
-    authorization: Option<HeaderValue>,
+    pub(crate) address: String,
+    pub(crate) authorization: Option<HeaderValue>,
     except: Vec<Except>,
 }
 
@@ -113,7 +113,7 @@ impl Proxy {
         Self::from_vars(|name| env::var(name).ok())
     }
 
-    fn from_vars(var: impl Fn(&str) -> Option<String>) -> Result<Option<Self>, Error> {
+    pub(crate) fn from_vars(var: impl Fn(&str) -> Option<String>) -> Result<Option<Self>, Error> {
         let first = |names: &[&'static str]| {
             let each = names
                 .iter()
@@ -149,7 +149,7 @@ impl Proxy {
     }
 
     /// Whether this peer is reached through it.
-    pub(super) fn is_for(&self, target: &HostPort<'_>) -> bool {
+    pub(crate) fn is_for(&self, target: &HostPort<'_>) -> bool {
         !self.except.iter().any(|except| except.is(target))
     }
 
@@ -233,7 +233,7 @@ impl fmt::Debug for Proxy {
 
 /// What a proxy has said so far.
 #[derive(Debug, PartialEq, Eq)]
-enum Said {
+pub(crate) enum Said {
     Part,
     /// It is through, and its answer so long.
     Open(usize),
@@ -247,7 +247,7 @@ enum Said {
 // === impl Said ===
 
 impl Said {
-    fn read(bytes: &[u8]) -> Self {
+    pub(crate) fn read(bytes: &[u8]) -> Self {
         const VERSION: &[u8] = b"HTTP/1.";
         let n = bytes.len().min(VERSION.len());
         if bytes[..n] != VERSION[..n] {
