@@ -51,7 +51,8 @@ pub fn proxy_settings(data: &[u8]) {
             is_readable(&error);
             let reason = error.reason().expect("it has one");
             assert!(reason.starts_with(&format!("{name}: ")), "{reason}");
-            let user = uri.rsplit_once('@').map_or("", |(user, _)| user);
+            let rest = after_scheme(&uri);
+            let user = rest.rsplit_once('@').map_or("", |(user, _)| user);
             let outside = uri.replacen(user, "", 1).contains(SECRET);
             assert!(
                 !user.contains(SECRET) || outside || !reason.contains(SECRET),
@@ -67,6 +68,14 @@ pub fn proxy_settings(data: &[u8]) {
     }
 }
 
+fn after_scheme(uri: &str) -> &str {
+    let is_scheme = |c: char| c.is_ascii_alphanumeric() || "+-.".contains(c);
+    match uri.split_once("://") {
+        Some((scheme, rest)) if scheme.chars().all(is_scheme) => rest,
+        _ => uri,
+    }
+}
+
 fn is_what_it_says(proxy: &Proxy, uri: &str) {
     HostPort::parse(&proxy.address).expect("it can be dialled");
     assert!(
@@ -74,8 +83,7 @@ fn is_what_it_says(proxy: &Proxy, uri: &str) {
             || proxy.address.contains("SECRET")
             || uri.matches("SECRET").count() > 1
     );
-    let rest = uri.split_once("://").map_or(uri, |(_, rest)| rest);
-    let user = rest.rsplit_once('@').map(|(user, _)| user);
+    let user = after_scheme(uri).rsplit_once('@').map(|(user, _)| user);
     assert_eq!(proxy.authorization.is_some(), user.is_some());
     let (Some(user), Some(value)) = (user, &proxy.authorization) else {
         return;

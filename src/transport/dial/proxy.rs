@@ -65,7 +65,13 @@ impl Proxy {
     /// [`Kind::Invalid`] if it is something else: proxies that are spoken to in TLS, and SOCKS, are not to be had. What it
     /// says does not show the password.
     pub fn http(uri: &str) -> Result<Self, Error> {
-        let rest = match uri.split_once("://") {
+        // What has other characters is a password's part, and not to be shown.
+        let is_scheme = |text: &str| {
+            let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.');
+            text.bytes().all(allowed)
+        };
+        let split = uri.split_once("://");
+        let rest = match split.filter(|(scheme, _)| is_scheme(scheme)) {
             Some((scheme, rest)) if scheme.eq_ignore_ascii_case("http") => rest,
             Some((scheme, _)) => {
                 let why = format!(
@@ -432,6 +438,7 @@ mod tests {
             ("http://a:secret%4@proxy", "two hexadecimal digits"),
             ("http://a:secret%0a@proxy", "control characters"),
             ("http://proxy:3128/path", "a port of 1 to 65535"),
+            ("a:secret://@proxy:x", "a port of 1 to 65535"),
         ] {
             let error = Proxy::http(uri).expect_err(uri);
             assert_eq!(error.kind(), Kind::Invalid);
