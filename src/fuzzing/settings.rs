@@ -214,5 +214,7 @@ pub fn pem(data: &[u8]) {
             .lines()
             .find(|line| line.len() >= 16 && !line.starts_with("-----") && text.contains(*line));
         assert_eq!(shown, None, "{text}");
+        // Nor as the numbers of its bytes.
+        assert!(!text.contains(", 45, 45"), "{text}");
     }
 }
