@@ -38,8 +38,11 @@ pub use self::wire::{failure, status, timeout};
 pub use self::wire::{frames, proxy_answer, refusal};
 use crate::error::{Error, Kind};
 
+/// Panics if something that has to hold does not.
+pub type Check = fn(&[u8]);
+
 /// All of them, under the names of their seeds.
-pub const TARGETS: &[(&str, fn(&[u8]))] = &[
+pub const TARGETS: &[(&str, Check)] = &[
     #[cfg(any(feature = "registry", feature = "transport"))]
     ("address", address),
     #[cfg(feature = "service-config")]

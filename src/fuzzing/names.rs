@@ -96,10 +96,8 @@ fn dialled(text: &str, parsed: Option<&Address<'_>>) {
             assert_eq!(to.authority.port_u16(), Some(at.port));
         }
         (Ok(to), Some(_)) => assert_eq!(to.authority, "localhost"),
-        // Not on this platform.
-        (Err(error), Some(Address::Unix(_) | Address::Abstract(_))) => {
-            assert!(!cfg!(target_os = "linux"), "{error}");
-        }
+        // Other platforms have none of these.
+        (Err(_), Some(Address::Unix(_) | Address::Abstract(_))) if !cfg!(target_os = "linux") => {}
         (Err(_), None) => {}
         (to, parsed) => panic!("{text:?} is {parsed:?}, and dialled at {to:?}"),
     }

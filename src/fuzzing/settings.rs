@@ -27,10 +27,11 @@ pub fn proxy_settings(data: &[u8]) {
     };
     let first = |names: &[&'static str]| {
         let is_cgi = var("REQUEST_METHOD").is_some();
-        let set = names.iter().filter_map(|&name| Some((name, var(name)?)));
-        let set = set.map(|(name, value)| (name, value.trim().to_owned()));
-        set.filter(|(name, value)| !value.is_empty() && !(is_cgi && *name == "HTTP_PROXY"))
-            .next()
+        let read = names
+            .iter()
+            .filter(|name| !is_cgi || **name != "HTTP_PROXY");
+        let mut set = read.filter_map(|name| Some((*name, var(name)?.trim().to_owned())));
+        set.find(|(_, value)| !value.is_empty())
     };
     let uri = first(&[
         "grpc_proxy",
@@ -118,7 +119,7 @@ fn excepts(proxy: &Proxy, list: &str, to: HostPort<'_>) {
     assert_eq!(proxy.is_for(&to), each);
     let backwards: Vec<_> = list.rsplit(',').collect();
     assert_eq!(is_for(&backwards.join(" , ")), each);
-    assert_eq!(proxy.clone().except("*").is_for(&to), false);
+    assert!(!proxy.clone().except("*").is_for(&to));
     let HostPort { host, port } = to;
     let dotted = format!("{}.", host.trim_end_matches('.'));
     let upper = host.to_ascii_uppercase();
@@ -181,9 +182,7 @@ pub fn pem(data: &[u8]) {
     match &found {
         Ok(found) => {
             let text = String::from_utf8_lossy(certificate);
-            assert!(
-                (1..=text.matches("-----BEGIN CERTIFICATE-----").count()).contains(&found.len())
-            );
+            assert!((1..=text.matches("-----BEGIN CERTIFICATE").count()).contains(&found.len()));
             let printed: String = found
                 .iter()
                 .map(|der| {

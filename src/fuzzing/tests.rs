@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::TARGETS;
+use super::{Check, TARGETS};
 
 /// How many mutations each target gets, divided among its seeds.
 const MUTATIONS: usize = 3000;
@@ -106,7 +106,7 @@ fn mutate(random: &mut fastrand::Rng, bytes: &mut Vec<u8>, other: &[u8]) {
     }
 }
 
-fn run(target: &str, check: fn(&[u8]), input: &[u8], what: &str) {
+fn run(target: &str, check: Check, input: &[u8], what: &str) {
     let ended = panic::catch_unwind(AssertUnwindSafe(|| check(input)));
     if let Err(panic) = ended {
         eprintln!("{target} fails with {what}: b\"{}\"", input.escape_ascii());

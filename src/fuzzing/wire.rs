@@ -55,8 +55,8 @@ fn said_by(wire: &[u8]) -> Vec<Word> {
         };
         match kind {
             4 if flags & 1 == 0 => {
-                let limits = payload.chunks_exact(6).filter(|s| s[..2] == [0, 3]);
-                let last = limits.last().map(|s| [s[2], s[3], s[4], s[5]]);
+                let mut limits = payload.chunks_exact(6).filter(|s| s[..2] == [0, 3]);
+                let last = limits.next_back().map(|s| [s[2], s[3], s[4], s[5]]);
                 said.extend(last.map(|value| Word::Streams(at, u32::from_be_bytes(value))));
             }
             7 if payload.len() >= 8 => {
