@@ -7,7 +7,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr, SocketAddrV6},
 };
 
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, shown};
 
 /// What an address says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,14 +172,6 @@ fn invalid_unix(text: &str, why: &str) -> Error {
 fn invalid(text: &str, what: &str, why: &str) -> Error {
     let why = format!("address: {} is not {what}: {why}", shown(text));
     Error::new(Kind::Invalid).with_reason(why)
-}
-
-/// Quoted, and cut so that a message stays readable.
-pub(crate) fn shown(text: &str) -> String {
-    match text.char_indices().nth(80) {
-        None => format!("{text:?}"),
-        Some((cut, _)) => format!("{:?}... ({} bytes)", &text[..cut], text.len()),
-    }
 }
 
 #[cfg(test)]

@@ -111,6 +111,12 @@ impl Backoff {
         Duration::try_from_secs_f64(capped * spread).unwrap_or(self.max)
     }
 
+    /// The first delay, its growth, and the largest.
+    #[cfg(all(feature = "service-config", any(fuzzing, test)))]
+    pub(crate) const fn parts(&self) -> (Duration, f64, Duration) {
+        (self.initial, self.multiplier, self.max)
+    }
+
     /// The delay before the first repeat, without its spread.
     pub(crate) const fn initial(&self) -> Duration {
         self.initial

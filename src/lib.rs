@@ -105,6 +105,9 @@ pub mod discover;
 pub mod endpoint;
 pub mod error;
 pub mod events;
+#[cfg(any(fuzzing, test))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod gate;
 mod headers;
 #[cfg(feature = "manager")]

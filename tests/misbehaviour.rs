@@ -361,6 +361,44 @@ async fn a_peer_that_goes_away_before_it_was_called_is_passed_by() {
 // === in HTTP/2, when called ===
 
 /// Behaves until it is called, and then does this; once, but for connections after that one.
+/// tonic panics over them, in whatever task reads the status.
+#[tokio::test]
+async fn details_of_a_status_that_are_no_base64_are_left_out() {
+    fn failed_of(stream: u32, head: &[u8]) -> Vec<u8> {
+        let mut block = head.to_vec();
+        for (name, value) in [
+            ("grpc-status", "8"),
+            ("grpc-message", "full"),
+            ("grpc-status-details-bin", "!!"),
+        ] {
+            block.extend([0, name.len() as u8]);
+            block.extend(name.bytes());
+            block.push(value.len() as u8);
+            block.extend(value.bytes());
+        }
+        frame(HEADERS, END_HEADERS | END_STREAM, stream, &block)
+    }
+    let cases: [(_, Made); 2] = [
+        ("in trailers alone", |stream| {
+            failed_of(stream, &head_block())
+        }),
+        ("after a message", |stream| {
+            [head_of(stream), message_of(stream), failed_of(stream, b"")].concat()
+        }),
+    ];
+    for (case, bytes) in cases {
+        let (fake, _) = once_called(sends(bytes));
+        let client = Client::of(&fake).await;
+        let status = call(&client.channel, None).await.expect_err(case);
+        assert_eq!(status.code(), Code::ResourceExhausted, "{case}: {status}");
+        assert_eq!(status.message(), "full", "{case}");
+        assert!(status.details().is_empty(), "{case}");
+        goes_well(&client.channel, case).await;
+        assert_eq!(fake.connections(), 1, "{case}");
+        client.ends(case).await;
+    }
+}
+
 fn once_called(
     misbehave: impl Fn(ByHand, u32) -> Doing + Send + Sync + 'static,
 ) -> (Fake, Arc<AtomicUsize>) {

@@ -9,10 +9,17 @@ use tonic::Code;
 use super::{MethodConfig, MethodName, ServiceConfig};
 #[cfg(doc)]
 use crate::error::Kind;
-use crate::{Backoff, HedgingPolicy, RetryPolicy, error::Error, retry::Throttling};
+use crate::{
+    Backoff, HedgingPolicy, RetryPolicy,
+    error::{Error, shown},
+    retry::Throttling,
+};
 
 /// What a pool does with its instances, by gRPC's names for it.
 const LEAST_REQUEST: [&str; 2] = ["least_request_experimental", "least_request"];
+
+/// How many names of policies an error has: the first ones, and the last.
+const MOST_NAMES: usize = 4;
 
 /// The names of codes 1 to 16.
 const CODES: [&str; 16] = [
@@ -209,7 +216,8 @@ fn balancing(top: &At<'_>) -> Result<(), Error> {
             return Err(policy.is("it is not one policy under its name"));
         };
         if !LEAST_REQUEST.contains(&name.as_str()) {
-            names.push(name.as_str());
+            names.truncate(MOST_NAMES - 1);
+            names.push(shown(name));
             continue;
         }
         let settings = At {
@@ -248,6 +256,21 @@ impl<'a> At<'a> {
         Error::invalid("service config", format!("{path}: {why}"))
     }
 
+    /// What stands there, on one line, and cut so that a message stays readable.
+    fn words(&self) -> String {
+        let text = self.value.to_string();
+        let end = text
+            .char_indices()
+            .nth(80)
+            .map_or(text.len(), |(end, _)| end);
+        // JSON leaves some as they are.
+        let words = text[..end].replace(char::is_control, "\u{fffd}");
+        match end == text.len() {
+            true => words,
+            false => format!("{words}... ({} bytes)", text.len()),
+        }
+    }
+
     /// The same, with the words of who refused it.
     fn wrong(&self, error: &Error) -> Error {
         self.is(error.reason().unwrap_or_default())
@@ -255,7 +278,7 @@ impl<'a> At<'a> {
 
     fn object(&self) -> Result<&'a Map<String, Value>, Error> {
         let object = self.value.as_object();
-        object.ok_or_else(|| self.is(format!("{} is not an object", self.value)))
+        object.ok_or_else(|| self.is(format!("{} is not an object", self.words())))
     }
 
     /// A field of it, under either of its names.
@@ -289,7 +312,8 @@ impl<'a> At<'a> {
             return Ok(Vec::new());
         };
         let Some(items) = value.as_array() else {
-            return Err(At { value, path }.is(format!("{value} is not a list")));
+            let at = At { value, path };
+            return Err(at.is(format!("{} is not a list", at.words())));
         };
         let items = items.iter().enumerate();
         Ok(items
@@ -302,12 +326,12 @@ impl<'a> At<'a> {
 
     fn text(&self) -> Result<&'a str, Error> {
         let text = self.value.as_str();
-        text.ok_or_else(|| self.is(format!("{} is not a string", self.value)))
+        text.ok_or_else(|| self.is(format!("{} is not a string", self.words())))
     }
 
     fn flag(&self) -> Result<bool, Error> {
         let flag = self.value.as_bool();
-        flag.ok_or_else(|| self.is(format!("{} is neither true nor false", self.value)))
+        flag.ok_or_else(|| self.is(format!("{} is neither true nor false", self.words())))
     }
 
     fn number(&self) -> Result<f64, Error> {
@@ -315,7 +339,7 @@ impl<'a> At<'a> {
             Value::String(text) => text.parse().ok(),
             value => value.as_f64(),
         };
-        number.ok_or_else(|| self.is(format!("{} is not a number", self.value)))
+        number.ok_or_else(|| self.is(format!("{} is not a number", self.words())))
     }
 
     /// Also as a string, and as 3.0, as protobuf's JSON has it.
@@ -323,7 +347,7 @@ impl<'a> At<'a> {
         let number = self.number()?;
         match number.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(&number) {
             true => Ok(number as u32),
-            false => Err(self.is(format!("{} is not a whole number from 0 up", self.value))),
+            false => Err(self.is(format!("{} is not a whole number from 0 up", self.words()))),
         }
     }
 
@@ -332,7 +356,7 @@ impl<'a> At<'a> {
         let invalid = || {
             self.is(format!(
                 "{} is not a number of seconds with an s, such as \"1.5s\"",
-                self.value
+                self.words()
             ))
         };
         let text = self.text().map_err(|_| invalid())?;
@@ -346,7 +370,7 @@ impl<'a> At<'a> {
         let nanos: u32 = format!("{decimals:0<9}").parse().map_err(|_| invalid())?;
         match seconds <= LONGEST_SECONDS {
             true => Ok(Duration::new(seconds, nanos)),
-            false => Err(self.is(format!("{text} is over {LONGEST_SECONDS} s"))),
+            false => Err(self.is(format!("{} is over {LONGEST_SECONDS} s", self.words()))),
         }
     }
 
@@ -363,11 +387,13 @@ impl<'a> At<'a> {
             Some(number @ 1..=16) => Ok(Code::from(number as i32)),
             _ => Err(self.is(format!(
                 "{} is not the name or number of a failure, such as \"UNAVAILABLE\"",
-                self.value
+                self.words()
             ))),
         }
     }
 }
 
+#[cfg(any(fuzzing, test))]
+mod printed;
 #[cfg(test)]
 mod tests;

@@ -22,7 +22,10 @@ use arc_swap::{ArcSwap, Guard};
 #[cfg(doc)]
 use crate::error::Kind;
 use crate::{
-    Backoff, HedgingPolicy, RetryPolicy, backoff::check_duration, error::Error, retry::Throttling,
+    Backoff, HedgingPolicy, RetryPolicy,
+    backoff::check_duration,
+    error::{Error, shown},
+    retry::Throttling,
 };
 
 /// What is configured for a service's calls, method by method. The default configures nothing.
@@ -115,7 +118,7 @@ impl ServiceConfig {
         };
         match taken {
             Some(name) => {
-                let why = format!("{name} is configured twice");
+                let why = format!("{} is configured twice", shown(&name));
                 Err(Error::invalid("service config", why))
             }
             None => Ok(self),
@@ -235,7 +238,7 @@ impl MethodName {
 fn check_name(what: &'static str, name: &str) -> Result<(), Error> {
     match name.is_empty() || name.contains('/') {
         true => {
-            let why = format!("{name:?} is no name: it is empty, or has a slash");
+            let why = format!("{} is no name: it is empty, or has a slash", shown(name));
             Err(Error::invalid(what, why))
         }
         false => Ok(()),

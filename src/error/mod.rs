@@ -12,7 +12,7 @@ use std::{borrow::Cow, error::Error as StdError, fmt, sync::Arc, sync::OnceLock}
 use tonic::{Code, Status};
 
 use self::words::Detail;
-pub(crate) use self::words::{Brief, NOT_SERVING, STOPPING, Trouble};
+pub(crate) use self::words::{Brief, NOT_SERVING, STOPPING, Trouble, shown};
 
 /// A boxed error of any kind, as tower and tonic use it.
 pub type BoxError = Box<dyn StdError + Send + Sync>;

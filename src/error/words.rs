@@ -204,3 +204,11 @@ impl fmt::Display for Brief<'_> {
         Ok(())
     }
 }
+
+/// Quoted, and cut so that a message stays readable.
+pub(crate) fn shown(text: &str) -> String {
+    match text.char_indices().nth(80) {
+        None => format!("{text:?}"),
+        Some((cut, _)) => format!("{:?}... ({} bytes)", &text[..cut], text.len()),
+    }
+}

@@ -58,6 +58,15 @@ pub use self::{
 };
 use crate::{discover::Discovery, error::Error};
 
+/// What `crate::fuzzing` looks at.
+#[cfg(all(feature = "etcd", any(fuzzing, test)))]
+pub(crate) mod inside {
+    pub(crate) use super::etcd::{
+        address_of, pb,
+        store::{LARGEST_PAGE, end_of, event, next_limit},
+    };
+}
+
 /// Where sessions are kept, as those who look for them see it.
 ///
 /// ```

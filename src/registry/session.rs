@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use crate::{
-    address::{Address, shown},
-    error::Error,
+    address::Address,
+    error::{Error, shown},
     pool::InstanceId,
 };
 

@@ -16,7 +16,7 @@ use crate::{
 const PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
 
 /// The longest delay that a server may ask for. A longer one is not to be tried again.
-const LONGEST_PUSHBACK: Duration = Duration::from_secs(24 * 60 * 60);
+pub(crate) const LONGEST_PUSHBACK: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// After so many repeats in a row of what was never sent, each is preceded by a pause.
 const AT_ONCE: u32 = 3;
@@ -24,15 +24,15 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
 /// A failed attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Failure {
-    pub(super) code: Code,
-    pub(super) nature: Nature,
-    pub(super) pushback: Pushback,
+pub(crate) struct Failure {
+    pub(crate) code: Code,
+    pub(crate) nature: Nature,
+    pub(crate) pushback: Pushback,
 }
 
 /// What a failure says of its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Nature {
+pub(crate) enum Nature {
     /// It is nobody's failure that another attempt could mend: the caller's own end of it, a wrong request, a limit.
     Final,
     /// It was never sent, by chance: what it was given to had just gone.
@@ -46,7 +46,7 @@ pub(super) enum Nature {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Pushback {
+pub(crate) enum Pushback {
     None,
     /// Exactly this delay.
     After(Duration),
@@ -56,19 +56,19 @@ pub(super) enum Pushback {
 
 /// How far a call's attempts have come.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Progress {
+pub(crate) struct Progress {
     /// Attempts that count.
-    pub(super) made: u32,
+    pub(crate) made: u32,
     /// Those since a server last said when to try again.
     since_pushback: u32,
     /// It was repeated once because a peer had not processed it.
-    pub(super) refused: bool,
+    pub(crate) refused: bool,
     /// Repeats in a row of what was never sent.
     lost: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(crate) enum Verdict {
     /// The failure is the call's.
     Final,
     /// Again, and this does not count.
@@ -82,7 +82,7 @@ pub(super) enum Verdict {
 // === impl Failure ===
 
 impl Failure {
-    pub(super) fn of_error(error: &Error, pinned: bool) -> Self {
+    pub(crate) fn of_error(error: &Error, pinned: bool) -> Self {
         let nature = match (error.kind(), error.sent()) {
             (
                 Kind::Invalid
@@ -115,7 +115,7 @@ impl Failure {
 
     /// Of a response that has nothing but trailers, as all have that fail before their first message.
     #[inline]
-    pub(super) fn of_response<B>(response: &Response<B>) -> Option<Self> {
+    pub(crate) fn of_response<B>(response: &Response<B>) -> Option<Self> {
         match find(response.headers(), &GRPC_STATUS) {
             None if response.status() == StatusCode::OK => None,
             Some(code) if code == "0" => None,
@@ -197,7 +197,7 @@ impl Pushback {
 
 impl Progress {
     /// The first attempt is under way.
-    pub(super) const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self {
             made: 1,
             since_pushback: 0,
@@ -208,7 +208,7 @@ impl Progress {
 
     /// What follows on a failed attempt. `again` is whether the request can be sent once more at all; `policy` is none
     /// where nothing is repeated but what was certainly not processed.
-    pub(super) fn after(
+    pub(crate) fn after(
         &mut self,
         failure: Failure,
         again: bool,

@@ -19,6 +19,8 @@ mod response;
 mod target;
 mod throttle;
 
+#[cfg(any(fuzzing, test))]
+pub(crate) use self::decide::{Failure, LONGEST_PUSHBACK, Nature, Progress, Pushback, Verdict};
 pub use self::{
     body::Body,
     call::ResponseFuture,

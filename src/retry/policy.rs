@@ -67,8 +67,8 @@ pub struct HedgingPolicy {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Throttling {
     /// In thousandths, as is the ratio.
-    pub(super) max_tokens: u32,
-    pub(super) token_ratio: u32,
+    pub(crate) max_tokens: u32,
+    pub(crate) token_ratio: u32,
 }
 
 // === impl RetryPolicy ===

@@ -11,7 +11,7 @@ use h2::RecvStream;
 use http_body::{Frame, SizeHint};
 
 use super::{core::Slot, pump::Pump};
-use crate::error::Error;
+use crate::{error::Error, headers::without_wrong_details};
 
 /// The response body of a call through a [`Connection`](super::Connection).
 ///
@@ -88,7 +88,10 @@ impl Open {
             }
         }
         match ready!(self.stream.poll_trailers(cx)) {
-            Ok(trailers) => Poll::Ready(trailers.map(|t| Ok(Frame::trailers(t)))),
+            Ok(trailers) => Poll::Ready(trailers.map(|mut trailers| {
+                without_wrong_details(&mut trailers);
+                Ok(Frame::trailers(trailers))
+            })),
             Err(error) => Poll::Ready(Some(Err(self.failed(error)))),
         }
     }

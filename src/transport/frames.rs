@@ -9,7 +9,7 @@ use h2::Reason;
 
 /// Follows frames, however they are cut into reads, as far as it takes to find a GOAWAY.
 #[derive(Debug, Default)]
-pub(super) struct Frames {
+pub(crate) struct Frames {
     head: [u8; HEAD],
     /// How much of the head is here.
     have: usize,
@@ -34,10 +34,10 @@ struct Settings {
 
 /// A peer's word that it takes no new calls on this connection (RFC 9113, 6.8).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct GoAway {
-    reason: Reason,
+pub(crate) struct GoAway {
+    pub(crate) reason: Reason,
     /// What it adds for people to read, as far as it is kept.
-    words: String,
+    pub(crate) words: String,
 }
 
 /// The head of a frame: length, type, flags, stream (RFC 9113, 4.1).
@@ -63,7 +63,7 @@ const WORDS: usize = 128;
 
 impl Frames {
     /// Takes in what was read; returns the last GOAWAY that is complete by now.
-    pub(super) fn read(&mut self, mut bytes: &[u8]) -> Option<GoAway> {
+    pub(crate) fn read(&mut self, mut bytes: &[u8]) -> Option<GoAway> {
         let mut found = None;
         while !bytes.is_empty() {
             if self.have == 0
@@ -115,7 +115,7 @@ impl Frames {
     }
 
     /// How many streams the peer allows, if it has said so since this was last asked.
-    pub(super) fn take_streams(&mut self) -> Option<u32> {
+    pub(crate) fn take_streams(&mut self) -> Option<u32> {
         self.streams.take()
     }
 
@@ -170,7 +170,7 @@ impl GoAway {
     }
 
     /// Whether it closes for being pinged more often than it allows.
-    pub(super) fn minds_pings(&self) -> bool {
+    pub(crate) fn minds_pings(&self) -> bool {
         self.reason == Reason::ENHANCE_YOUR_CALM && self.words == "too_many_pings"
     }
 }

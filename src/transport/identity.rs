@@ -10,7 +10,7 @@ use tonic::{Code, Status};
 use crate::error::{Error, Kind, Sent};
 
 /// The metadata that each call of a connection carries, and the answer that it is for somebody else.
-pub(super) struct Identity {
+pub(crate) struct Identity {
     metadata: HeaderMap,
     /// What the peer said, once.
     denied: OnceLock<String>,
@@ -30,7 +30,7 @@ const MOST: usize = 256;
 // === impl Identity ===
 
 impl Identity {
-    pub(super) fn new(metadata: HeaderMap) -> Self {
+    pub(crate) fn new(metadata: HeaderMap) -> Self {
         Self {
             metadata,
             denied: OnceLock::new(),
@@ -90,7 +90,7 @@ impl Identity {
     }
 
     /// What the head of an answer says, if it refuses the call as another's, and whether it may have been executed.
-    fn refusal(&self, head: &HeaderMap) -> Option<(String, Sent)> {
+    pub(crate) fn refusal(&self, head: &HeaderMap) -> Option<(String, Sent)> {
         // Decoded, and not searched as it is: spaces need no percent-encoding in grpc-message, and grpc-go's
         // are plain, but tonic's servers send `node%20not%20match`.
         let status = Status::from_header_map(head)?;

@@ -41,3 +41,15 @@ pub use self::{
     body::Body, connection::Connection, connector::Connector, dial::Proxy, request::ResponseFuture,
     several::Connections,
 };
+
+/// What `crate::fuzzing` looks at.
+#[cfg(any(fuzzing, test))]
+pub(crate) mod inside {
+    #[cfg(feature = "tls")]
+    pub(crate) use super::tls::{certificates, parse_name, roots};
+    pub(crate) use super::{
+        dial::{Dialer, Said},
+        frames::{Frames, GoAway},
+        identity::Identity,
+    };
+}

@@ -13,7 +13,10 @@ use http_body::{Body as _, Frame};
 use tower_service::Service;
 
 use super::{body::Body, connection::Connection, core::Slot, pump::Pump, resets::Cancelled};
-use crate::error::{BoxError, Error, Kind, Sent};
+use crate::{
+    error::{BoxError, Error, Kind, Sent},
+    headers::without_wrong_details,
+};
 
 /// The head of the response of a call through a [`Connection`].
 ///
@@ -204,10 +207,11 @@ impl Future for ResponseFuture {
                 return Poll::Pending;
             };
             return Poll::Ready(match result {
-                Ok(response) => {
+                Ok(mut response) => {
                     if self.serves {
                         slot.core.common.served();
                     }
+                    without_wrong_details(response.headers_mut());
                     if let Some(error) = slot.core.common.identity.denial(&response) {
                         return Poll::Ready(Err(error));
                     }

@@ -299,7 +299,7 @@ impl TlsConfig {
                 what_key,
                 "there is no private key in PEM (PKCS#8, PKCS#1 or SEC1, not encrypted)",
             ),
-            error => invalid(what_key, error),
+            error => invalid(what_key, in_words(&error)),
         })?;
         let identity = CertifiedKey::from_der(chain, key, &self.provider);
         self.identity = Some(Arc::new(identity.map_err(|error| match error {
@@ -375,7 +375,7 @@ impl fmt::Debug for Tls {
     }
 }
 
-fn parse_name(name: &str) -> Result<ServerName<'static>, Error> {
+pub(crate) fn parse_name(name: &str) -> Result<ServerName<'static>, Error> {
     let bare = name.strip_prefix('[').and_then(|n| n.strip_suffix(']'));
     ServerName::try_from(bare.unwrap_or(name).to_owned()).map_err(|_| {
         let why = format!("{name:?} is neither a DNS name nor an IP address");
@@ -384,7 +384,7 @@ fn parse_name(name: &str) -> Result<ServerName<'static>, Error> {
 }
 
 /// Certificates that can be roots.
-fn roots(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
+pub(crate) fn roots(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
     let found = certificates(what, pem)?;
     let mut store = RootCertStore::empty();
     for (n, certificate) in found.iter().enumerate() {
@@ -395,13 +395,26 @@ fn roots(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> 
     Ok(found)
 }
 
-fn certificates(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
+pub(crate) fn certificates(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
     let found: Vec<_> = CertificateDer::pem_slice_iter(pem)
         .collect::<Result<_, _>>()
-        .map_err(|error| invalid(what, error))?;
+        .map_err(|error| invalid(what, in_words(&error)))?;
     match found.is_empty() {
         true => Err(invalid(what, "there is no certificate in PEM")),
         false => Ok(found),
+    }
+}
+
+/// Why a text is no PEM, without its lines: where line breaks were lost, one has the whole key.
+fn in_words(error: &pem::Error) -> String {
+    match error {
+        pem::Error::IllegalSectionStart { .. } => {
+            "a line begins with -----BEGIN and is not -----BEGIN ...----- alone".to_owned()
+        }
+        pem::Error::MissingSectionEnd { .. } => {
+            "a section has no line -----END ...----- of its own".to_owned()
+        }
+        error => error.to_string(),
     }
 }
 
@@ -424,6 +437,28 @@ fn invalid(what: &str, why: impl fmt::Display) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_key_whose_line_breaks_are_lost_is_not_shown() {
+        for between in ["", " ", "\\n"] {
+            let key = [
+                "-----BEGIN PRIVATE KEY-----",
+                "MIGH",
+                "-----END PRIVATE KEY-----",
+            ];
+            let key = key.join(between);
+            let issuer = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+            let certificate = issuer.cert.pem();
+            let config = TlsConfig::new().identity_pem(certificate.as_bytes(), key.as_bytes());
+            let error = config.unwrap_err().to_string();
+            assert!(error.contains("line"), "{error}");
+            // Neither as text nor as the numbers of its bytes.
+            assert!(
+                !error.contains("MIGH") && !error.contains("77, 73"),
+                "{error}"
+            );
+        }
+    }
 
     #[test]
     fn the_name_to_prove_is_the_host_of_the_address_unless_another_was_given() {

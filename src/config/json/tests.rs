@@ -82,7 +82,7 @@ fn what_is_wrong_is_named() {
         (
             r#"{"methodConfig": [{"name": [{"service": "a"}]}, {"name": [{"service": "a"}]}]}"#
                 .to_owned(),
-            "methodConfig[1].name[0]: service config: /a/ is configured twice",
+            "methodConfig[1].name[0]: service config: \"/a/\" is configured twice",
         ),
         (
             r#"{"methodConfig": [{"timeout": "-1s"}]}"#.to_owned(),
@@ -134,7 +134,7 @@ fn what_is_wrong_is_named() {
         ),
         (
             r#"{"loadBalancingConfig": [{"round_robin": {}}]}"#.to_owned(),
-            "loadBalancingConfig: none of round_robin is known; least_request_experimental is",
+            "loadBalancingConfig: none of \"round_robin\" is known; least_request_experimental is",
         ),
         (
             r#"{"loadBalancingConfig": [{"least_request": {"choiceCount": 3}}]}"#.to_owned(),

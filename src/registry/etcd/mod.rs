@@ -8,7 +8,7 @@ mod client;
 mod failure;
 mod members;
 mod past;
-mod store;
+pub(super) mod store;
 
 use std::{collections::BTreeSet, fmt, sync::Arc, time::Duration};
 
@@ -39,7 +39,7 @@ use crate::{
     rust_2018_idioms,
     unreachable_pub
 )]
-mod pb {
+pub(crate) mod pb {
     include!(concat!(env!("CARGO_MANIFEST_DIR"), "/proto/gen/etcd.rs"));
 }
 
@@ -308,7 +308,7 @@ impl fmt::Debug for EtcdRegistry {
 }
 
 /// The `host:port` of an endpoint.
-fn address_of<'a>(endpoint: &'a str, scheme: &str) -> Result<&'a str, Error> {
+pub(crate) fn address_of<'a>(endpoint: &'a str, scheme: &str) -> Result<&'a str, Error> {
     let invalid = |why: String| Err(Error::invalid("endpoint", why));
     let Some(address) = endpoint.strip_prefix(scheme) else {
         return match scheme {

@@ -28,7 +28,7 @@ use crate::{
 /// is read whole: a thousand values of a MiB each would be a GiB.
 const FIRST_PAGE: i64 = 128;
 const PAGE_BYTES: usize = 1 << 20;
-const LARGEST_PAGE: i64 = 10_000;
+pub(crate) const LARGEST_PAGE: i64 = 10_000;
 
 /// How long a watch may be silent before it is asked how far it is, and how long the answer may take. etcd's own
 /// word, by itself, comes every ten minutes.
@@ -325,13 +325,13 @@ impl Watching {
 }
 
 /// How many records of this kind come to a page.
-fn next_limit(kvs: &[pb::KeyValue]) -> i64 {
+pub(crate) fn next_limit(kvs: &[pb::KeyValue]) -> i64 {
     let bytes: usize = kvs.iter().map(|kv| kv.key.len() + kv.value.len()).sum();
     let each = (bytes / kvs.len().max(1)).max(1);
     i64::try_from(PAGE_BYTES / each).map_or(1, |limit| limit.clamp(1, LARGEST_PAGE))
 }
 
-fn event(event: pb::Event) -> Option<Event> {
+pub(crate) fn event(event: pb::Event) -> Option<Event> {
     let deleted = event.r#type() == pb::event::EventType::Delete;
     let kv = event.kv?;
     Some(match deleted {
@@ -356,7 +356,7 @@ fn positive(revision: i64) -> u64 {
 }
 
 /// The end of a range: nothing for a key alone, else the first key after all that begin with the prefix.
-fn end_of(scope: &Scope) -> Bytes {
+pub(crate) fn end_of(scope: &Scope) -> Bytes {
     let Scope::Prefix(prefix) = scope else {
         return Bytes::new();
     };

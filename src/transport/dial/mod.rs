@@ -16,6 +16,8 @@ use tokio::{
 };
 
 pub use self::proxy::Proxy;
+#[cfg(any(fuzzing, test))]
+pub(crate) use self::proxy::Said;
 pub(super) use self::stream::Stream;
 use self::tcp::Tcp;
 use crate::{
@@ -29,7 +31,7 @@ const LOCALHOST: &str = "localhost";
 
 /// How a connector comes from an address to a stream, and what it calls the peer.
 #[derive(Clone, Default)]
-pub(super) struct Dialer {
+pub(crate) struct Dialer {
     authority: Option<Authority>,
     resolver: Option<Arc<Resolver>>,
     own: Option<Arc<Own>>,
@@ -44,10 +46,10 @@ type Own = dyn Fn(String) -> BoxFuture<'static, Result<Stream, BoxError>> + Send
 
 /// Where a peer is, and what it is called: an address, taken apart once for all attempts.
 #[derive(Clone, Debug)]
-pub(super) struct Destination {
+pub(crate) struct Destination {
     pub(super) address: Arc<str>,
     /// That of all calls and, unless another was given, the name to prove.
-    pub(super) authority: Authority,
+    pub(crate) authority: Authority,
     to: To,
 }
 
@@ -68,7 +70,7 @@ enum To {
 
 impl Dialer {
     /// Calls all peers this: a name with or without a port.
-    pub(super) fn set_authority(&mut self, name: &str) -> Result<(), Error> {
+    pub(crate) fn set_authority(&mut self, name: &str) -> Result<(), Error> {
         let is_host = |text: &str| HostPort::parse(text).is_ok();
         let authority = match is_host(name) || is_host(&format!("{name}:1")) {
             true => name.parse().ok(),
@@ -108,7 +110,7 @@ impl Dialer {
     }
 
     /// Takes an address apart. A program's own dialer may know others than we do.
-    pub(super) fn destination(&self, address: &str) -> Result<Destination, Error> {
+    pub(crate) fn destination(&self, address: &str) -> Result<Destination, Error> {
         let (to, known_as) = match (Address::parse(address), &self.own) {
             (Ok(Address::HostPort(at)), Some(_)) => (To::Own, authority_of(address, at)?),
             (_, Some(_)) => (To::Own, Authority::from_static(LOCALHOST)),

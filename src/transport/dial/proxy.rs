@@ -32,8 +32,8 @@ const HEAD_MOST: usize = 8 << 10;
 #[derive(Clone)]
 pub struct Proxy {
     /// `host:port`, and valid.
-    address: String,
-    authorization: Option<HeaderValue>,
+    pub(crate) address: String,
+    pub(crate) authorization: Option<HeaderValue>,
     except: Vec<Except>,
 }
 
@@ -65,7 +65,13 @@ impl Proxy {
     /// [`Kind::Invalid`] if it is something else: proxies that are spoken to in TLS, and SOCKS, are not to be had. What it
     /// says does not show the password.
     pub fn http(uri: &str) -> Result<Self, Error> {
-        let rest = match uri.split_once("://") {
+        // What has other characters is a password's part, and not to be shown.
+        let is_scheme = |text: &str| {
+            let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.');
+            text.bytes().all(allowed)
+        };
+        let split = uri.split_once("://");
+        let rest = match split.filter(|(scheme, _)| is_scheme(scheme)) {
             Some((scheme, rest)) if scheme.eq_ignore_ascii_case("http") => rest,
             Some((scheme, _)) => {
                 let why = format!(
@@ -113,7 +119,7 @@ impl Proxy {
         Self::from_vars(|name| env::var(name).ok())
     }
 
-    fn from_vars(var: impl Fn(&str) -> Option<String>) -> Result<Option<Self>, Error> {
+    pub(crate) fn from_vars(var: impl Fn(&str) -> Option<String>) -> Result<Option<Self>, Error> {
         let first = |names: &[&'static str]| {
             let each = names
                 .iter()
@@ -149,7 +155,7 @@ impl Proxy {
     }
 
     /// Whether this peer is reached through it.
-    pub(super) fn is_for(&self, target: &HostPort<'_>) -> bool {
+    pub(crate) fn is_for(&self, target: &HostPort<'_>) -> bool {
         !self.except.iter().any(|except| except.is(target))
     }
 
@@ -233,7 +239,7 @@ impl fmt::Debug for Proxy {
 
 /// What a proxy has said so far.
 #[derive(Debug, PartialEq, Eq)]
-enum Said {
+pub(crate) enum Said {
     Part,
     /// It is through, and its answer so long.
     Open(usize),
@@ -247,7 +253,7 @@ enum Said {
 // === impl Said ===
 
 impl Said {
-    fn read(bytes: &[u8]) -> Self {
+    pub(crate) fn read(bytes: &[u8]) -> Self {
         const VERSION: &[u8] = b"HTTP/1.";
         let n = bytes.len().min(VERSION.len());
         if bytes[..n] != VERSION[..n] {
@@ -432,6 +438,7 @@ mod tests {
             ("http://a:secret%4@proxy", "two hexadecimal digits"),
             ("http://a:secret%0a@proxy", "control characters"),
             ("http://proxy:3128/path", "a port of 1 to 65535"),
+            ("a:secret://@proxy:x", "a port of 1 to 65535"),
         ] {
             let error = Proxy::http(uri).expect_err(uri);
             assert_eq!(error.kind(), Kind::Invalid);
