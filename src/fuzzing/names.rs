@@ -148,7 +148,7 @@ pub fn method(data: &[u8]) {
         .into_iter()
         .flatten()
     {
-        assert_eq!(error.kind(), crate::Kind::Invalid);
+        is_readable(error);
     }
     let after = |ms| MethodConfig::new().timeout(std::time::Duration::from_millis(ms));
     let mut config = ServiceConfig::new();
