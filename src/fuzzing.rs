@@ -93,6 +93,7 @@ impl<'a> Input<'a> {
     }
 
     /// So many bytes as the first one says, or as there are.
+    #[cfg(feature = "transport")]
     fn counted(&mut self) -> &'a [u8] {
         let Some((&count, rest)) = self.0.split_first() else {
             return &[];

@@ -1,6 +1,6 @@
 //! Service configs.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{Error, ServiceConfig};
 
@@ -40,6 +40,12 @@ pub fn config(data: &[u8]) {
     {
         same(&read, &ServiceConfig::from_json(&nulled.to_string()));
     }
+    let methods = json.get("methodConfig").and_then(Value::as_array);
+    for method in methods.into_iter().flatten() {
+        if let Some(text) = method.get("timeout").and_then(Value::as_str) {
+            takes(text);
+        }
+    }
     match read {
         Ok(config) => {
             assert!(json.is_object());
@@ -49,6 +55,31 @@ pub fn config(data: &[u8]) {
         }
         Err(error) => super::is_readable(&error),
     }
+}
+
+/// A time is exactly what it says, in the billionths of a second that it says.
+fn takes(text: &str) {
+    let json = json!({ "methodConfig": [{ "name": [{}], "timeout": text }] });
+    let read = ServiceConfig::from_json(&json.to_string()).ok();
+    let read = read.and_then(|config| config.for_path("/a/b").timeout);
+    assert_eq!(read.map(|time| time.as_nanos()), nanos(text), "{text:?}");
+}
+
+fn nanos(text: &str) -> Option<u128> {
+    let (whole, part) = match text.strip_suffix('s')?.split_once('.') {
+        Some(parts) => parts,
+        None => (text.strip_suffix('s')?, ""),
+    };
+    let all_digits = |text: &str| text.chars().all(|c| c.is_ascii_digit());
+    if whole.is_empty() || part.len() > 9 || !all_digits(whole) || !all_digits(part) {
+        return None;
+    }
+    let digit = |nanos, c: char| nanos * 10 + u128::from(c.to_digit(10).unwrap_or(0));
+    let whole = whole.trim_start_matches('0');
+    let all = whole.chars().take(20).chain(part.chars()).fold(0, digit);
+    let nanos = all * 10_u128.pow(9 - part.len() as u32);
+    // Ten years.
+    (nanos <= 3650 * 86_400 * 1_000_000_000).then_some(nanos)
 }
 
 fn same(one: &Result<ServiceConfig, Error>, other: &Result<ServiceConfig, Error>) {

@@ -54,7 +54,14 @@ pub fn address(data: &[u8]) {
                 assert_eq!(rest.strip_suffix('/').unwrap_or(rest), address);
             }
             Err(error) => {
-                assert_eq!(error.kind(), crate::Kind::Invalid);
+                is_readable(&error);
+                let user = endpoint
+                    .rsplit_once('@')
+                    .filter(|(_, host)| !host.contains("SECRET"));
+                assert!(
+                    user.is_none() || !error.to_string().contains("SECRET"),
+                    "{error}"
+                );
                 let rest = endpoint.strip_prefix(scheme);
                 let rest = rest.map(|rest| rest.strip_suffix('/').unwrap_or(rest));
                 assert!(rest.is_none_or(|rest| HostPort::parse(rest).is_err()));
@@ -148,7 +155,7 @@ pub fn method(data: &[u8]) {
         .into_iter()
         .flatten()
     {
-        assert_eq!(error.kind(), crate::Kind::Invalid);
+        is_readable(error);
     }
     let after = |ms| MethodConfig::new().timeout(std::time::Duration::from_millis(ms));
     let mut config = ServiceConfig::new();

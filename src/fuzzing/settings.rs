@@ -158,6 +158,12 @@ fn excepts(proxy: &Proxy, list: &str, to: HostPort<'_>) {
             let below = format!("x.{name}");
             let below = HostPort { host: &below, port };
             assert!(!bare.clone().except(name).is_for(&below));
+            let longer = format!("x{name}");
+            let longer = HostPort {
+                host: &longer,
+                port,
+            };
+            assert!(bare.clone().except(name).is_for(&longer));
         }
     }
 }

@@ -9,7 +9,7 @@ use std::{
 use super::{Check, TARGETS};
 
 /// How many mutations each target gets, divided among its seeds.
-const MUTATIONS: usize = 3000;
+const MUTATIONS: usize = 2000;
 
 /// No more than this of a seed: this is a debug build.
 const LONGEST: usize = 4096;

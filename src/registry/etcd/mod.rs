@@ -25,7 +25,11 @@ use super::{
 #[cfg(feature = "tls")]
 use crate::transport::TlsConfig;
 use crate::{
-    Backoff, address::HostPort, backoff::check_duration, discover::Discovery, error::Error,
+    Backoff,
+    address::HostPort,
+    backoff::check_duration,
+    discover::Discovery,
+    error::{Error, shown},
     transport::Connector,
 };
 
@@ -310,15 +314,23 @@ impl fmt::Debug for EtcdRegistry {
 /// The `host:port` of an endpoint.
 pub(crate) fn address_of<'a>(endpoint: &'a str, scheme: &str) -> Result<&'a str, Error> {
     let invalid = |why: String| Err(Error::invalid("endpoint", why));
+    // A password may stand there.
+    if let Some((_, host)) = endpoint.rsplit_once('@') {
+        return invalid(format!(
+            "what ends with {} names a user, whom EtcdRegistry::builder(..).user(..) is told; only {scheme}host:port is allowed",
+            shown(host)
+        ));
+    }
+    let quoted = shown(endpoint);
     let Some(address) = endpoint.strip_prefix(scheme) else {
         return match scheme {
             "http://" if endpoint.starts_with("https://") => invalid(format!(
-                "{endpoint:?} wants TLS, which EtcdRegistry::builder(..).tls(..) is told whom to trust for; without it only http://host:port is allowed"
+                "{quoted} wants TLS, which EtcdRegistry::builder(..).tls(..) is told whom to trust for; without it only http://host:port is allowed"
             )),
             "https://" if endpoint.starts_with("http://") => invalid(format!(
-                "{endpoint:?} is not to be spoken with in plaintext; with TLS only https://host:port is allowed"
+                "{quoted} is not to be spoken with in plaintext; with TLS only https://host:port is allowed"
             )),
-            _ => invalid(format!("{endpoint:?} is not {scheme}host:port")),
+            _ => invalid(format!("{quoted} is not {scheme}host:port")),
         };
     };
     let address = address.strip_suffix('/').unwrap_or(address);
@@ -326,7 +338,7 @@ pub(crate) fn address_of<'a>(endpoint: &'a str, scheme: &str) -> Result<&'a str,
         Ok(_) => Ok(address),
         Err(error) => {
             let why = error.reason().unwrap_or_default();
-            invalid(format!("{endpoint:?} is not {scheme}host:port: {why}"))
+            invalid(format!("{quoted} is not {scheme}host:port: {why}"))
         }
     }
 }
@@ -371,12 +383,14 @@ mod tests {
             (&["h:1"][..], "demo", "http://host:port"),
             (&["http://h"][..], "demo", "http://host:port"),
             (&["http://h:1/path"][..], "demo", "http://host:port"),
+            (&["http://root:secret@h:1"][..], "demo", ".user(..)"),
             (&["http://h:1"][..], "demo/", "1 to 256 bytes"),
             (&["http://h:1"][..], "", "1 to 256 bytes"),
         ] {
             let error = connect(endpoints, prefix).expect_err(says);
             assert_eq!(error.kind(), Kind::Invalid);
             assert!(error.to_string().contains(says), "{error}");
+            assert!(!error.to_string().contains("secret"), "{error}");
         }
         let registry = connect(&["http://h:1"], "demo").expect("good");
         assert!(
