@@ -49,6 +49,7 @@ enum Whose {
 impl Keeper {
     /// Writes the record if the key is free, or ours to take.
     pub(super) async fn claim(&mut self) -> Result<Claimed, Error> {
+        let mut refused = false;
         for _ in 0..ROUNDS {
             if let Some(there) = self.home.store().get(&self.key).await? {
                 match self.judge(&there) {
@@ -85,6 +86,13 @@ impl Keeper {
                         confirmed: None,
                         ..lease
                     });
+                    // It may have run out since it was granted, as with an etcd that stood still: the next round looks, and
+                    // has another if that is so. Refused again, it is for another reason.
+                    if error.kind() == Kind::RegistryRefused
+                        && !std::mem::replace(&mut refused, true)
+                    {
+                        continue;
+                    }
                     return Err(error);
                 }
             }

@@ -550,3 +550,76 @@ async fn all_leases_are_revoked_whichever_of_them_fail_and_the_first_error_is_to
         }
     }
 }
+
+/// The memory's store, where leases run out just before the first so many writes that would need them.
+#[derive(Debug)]
+struct Hasty {
+    store: Arc<dyn Store>,
+    left: Mutex<u32>,
+    writes: Mutex<u32>,
+}
+
+impl Store for Hasty {
+    fn list<'a>(&'a self, scope: &'a Scope) -> BoxFuture<'a, Result<Listing, BoxError>> {
+        self.store.list(scope)
+    }
+
+    fn watch(self: Arc<Self>, scope: &Scope, from: u64) -> BoxFuture<'_, Result<Watch, Broken>> {
+        let _ = (scope, from);
+        unreachable!("nothing is watched")
+    }
+
+    fn get<'a>(&'a self, key: &'a Bytes) -> BoxFuture<'a, Result<Option<Record>, Error>> {
+        self.store.get(key)
+    }
+
+    fn grant(&self, lease: i64, ttl: Duration) -> BoxFuture<'_, Result<(), Error>> {
+        self.store.grant(lease, ttl)
+    }
+
+    fn keep_alive(&self, lease: i64, ttl: Duration) -> BoxFuture<'_, Result<bool, Error>> {
+        self.store.keep_alive(lease, ttl)
+    }
+
+    fn write(&self, write: Write) -> BoxFuture<'_, Result<Written, Error>> {
+        *self.writes.lock().unwrap() += 1;
+        let runs_out = {
+            let mut left = self.left.lock().unwrap();
+            let runs_out = *left > 0;
+            *left = left.saturating_sub(1);
+            runs_out
+        };
+        Box::pin(async move {
+            if runs_out {
+                self.store.revoke(write.lease).await?;
+            }
+            self.store.write(write).await
+        })
+    }
+
+    fn revoke(&self, lease: i64) -> BoxFuture<'_, Result<(), Error>> {
+        self.store.revoke(lease)
+    }
+}
+
+#[tokio::test]
+async fn a_lease_that_ran_out_before_anything_was_under_it_is_replaced_once() {
+    for (times, held, writes) in [(0, true, 1), (1, true, 2), (2, false, 2)] {
+        let memory = MemoryRegistry::new();
+        let store = Arc::new(Hasty {
+            store: memory.store(),
+            left: Mutex::new(times),
+            writes: Mutex::default(),
+        });
+        let home = Home::new(store.clone(), Backoff::default(), "", SECOND);
+        let (_updates, updated) = mpsc::channel(1);
+        let mut keeper = Keeper::new(home, Arc::new(echo()), Board::new(), updated, Weak::new());
+        let claimed = keeper.claim().await;
+        match claimed {
+            Ok(Claimed::Held(_)) => assert!(held, "{times}"),
+            Ok(_) => panic!("it is nobody else's"),
+            Err(error) => assert!(!held && error.kind() == Kind::RegistryRefused, "{error}"),
+        }
+        assert_eq!(*store.writes.lock().unwrap(), writes, "{times}");
+    }
+}
