@@ -440,7 +440,7 @@ async fn what_a_session_left_behind_where_it_was_ends_with_it() {
     call(&channel, 0).await.unwrap();
     let calls = in_flight(&channel, &old, 5, 60_000).await;
     let to = new.address();
-    let moved = of_it.update(|session| Session::new("echo", to).with_id(session.id()));
+    let moved = of_it.update(|session| session.with_address(to));
     moved.await.unwrap();
     eventually("it is connected where it is now", || {
         sockets_to(new.address.port()) == 1

@@ -174,7 +174,7 @@ async fn an_address_that_changes_is_followed_and_fails_no_call() {
 
     // By the session itself.
     let to = b.address();
-    let moved = registration.update(|s| Session::new(s.role(), to).with_id(s.id()));
+    let moved = registration.update(|session| session.with_address(to));
     moved.await.unwrap();
     followed_to(&manager, &channel, "b").await;
     let mut at_b = Chat::start(&channel).await;

@@ -34,7 +34,8 @@ pub use tower_adapter::FromTower;
 #[non_exhaustive]
 pub enum Update<K, V> {
     /// An instance came or changed, or went. Inserting a key that is there changes what is said of that
-    /// instance; its connection stays. An instance that is another has another key.
+    /// instance; its connection stays, and if it is at another address now it takes calls until it is reached there. An
+    /// instance that is another has another key.
     Change(Change<K, V>),
     /// What has been said up to here is all there is now.
     Synced,

@@ -121,6 +121,10 @@ pub trait Lifeline: fmt::Debug + Send + Sync {
     /// Closes it now: calls in flight on it end with this error. A second call changes nothing.
     fn close(&self, why: Error);
 
+    /// Nobody is to be dialled any more where it leads: the peer is elsewhere now, and who comes next may be another. What is
+    /// connected stays so. Default: nothing.
+    fn stop_dialling(&self) {}
+
     /// Whether it has ever carried a call to its answer. If so its loss is repaired at once, however
     /// short its life; a peer that only accepts and hangs up is dialled with backoff.
     fn has_served(&self) -> bool {

@@ -58,6 +58,13 @@ impl<S> Ready<S> {
         self.lifeline.as_ref().map_or(1, |life| life.connections())
     }
 
+    /// Has it make no connection beside those that it has.
+    pub(crate) fn stop_dialling(&self) {
+        if let Some(life) = &self.lifeline {
+            life.stop_dialling();
+        }
+    }
+
     /// Counts a call in.
     #[inline]
     pub(crate) fn acquire(&self) -> Guard<Peer> {

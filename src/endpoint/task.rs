@@ -40,6 +40,8 @@ pub(crate) enum Event<S> {
 pub(crate) enum Command {
     #[default]
     Run,
+    /// Goes on with the connection that it has, and makes no other.
+    Stay,
     /// Takes no new calls, and closes when those in flight are done or this long has passed.
     Drain(Duration),
     /// Fails the calls in flight with an error that says this, and ends.
@@ -131,6 +133,11 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
                         forgive = true;
                     }
                     self.retire(lifeline);
+                    if matches!(*self.commands.borrow(), Command::Stay) {
+                        // Lost => ended, as its driver will say once it has heard of that.
+                        let Ended(command) = ended(&mut self.commands).await;
+                        return self.end(command, None).await;
+                    }
                     // What the registry said while it was connected is no word on what is to be done now.
                     let _ = self.nudge.notified().now_or_never();
                     if disowned {
@@ -277,7 +284,7 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
         self.retire(lifeline);
         let (kind, reason) = match command {
             Command::Close(kind, reason) => (kind, reason),
-            Command::Run | Command::Drain(_) => {
+            Command::Run | Command::Stay | Command::Drain(_) => {
                 let bound = match command {
                     Command::Drain(bound) => bound,
                     _ => self.dialing.drain,
@@ -380,9 +387,9 @@ async fn all_closed(lifelines: &[Arc<dyn Lifeline>]) {
 }
 
 /// The command to end, in whichever way. The end of the sender, which is the driver's, is one too: no word is left of
-/// it but `Run`.
+/// it but `Run` or `Stay`.
 async fn ended(commands: &mut watch::Receiver<Command>) -> Ended {
-    let command = commands.wait_for(|command| !matches!(command, Command::Run));
+    let command = commands.wait_for(|command| !matches!(command, Command::Run | Command::Stay));
     Ended(match command.await {
         Ok(command) => command.clone(),
         Err(_) => Command::Run,

@@ -235,6 +235,7 @@ mod tests {
             target: Arc::new(Named(Arc::new(peer))),
             state: State::new(phase),
             ready: None,
+            stands_in: None,
         })
     }
 

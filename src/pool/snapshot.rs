@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     endpoint::{Target, ready::Ready},
-    error::{Error, Kind, NOT_SERVING, STOPPING, SharedError, Trouble},
+    error::{Error, Kind, NOT_SERVING, Peer, STOPPING, SharedError, Trouble},
 };
 
 /// One role's endpoints at one moment.
@@ -54,7 +54,10 @@ pub(crate) struct Entry<S> {
     pub(crate) number: u64,
     pub(crate) target: Arc<dyn Target>,
     pub(crate) state: State,
+    /// Its own, or that of who stands in for it.
     pub(crate) ready: Option<Arc<Ready<S>>>,
+    /// Who takes its calls where it was registered before, and since when.
+    pub(crate) stands_in: Option<(Arc<Peer>, SystemTime)>,
 }
 
 /// An endpoint's connectivity.
@@ -221,6 +224,7 @@ impl<S> Clone for Entry<S> {
             target: self.target.clone(),
             state: self.state.clone(),
             ready: self.ready.clone(),
+            stands_in: self.stands_in.clone(),
         }
     }
 }

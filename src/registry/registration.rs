@@ -237,9 +237,9 @@ impl Registration {
     /// stands by) the change is kept, and written when it is registered again.
     ///
     /// With another address it is the same instance, of the same generation, that has moved. Those who are
-    /// connected to the old address give it no new calls, let the calls in flight there finish within their
-    /// drain bound, and dial the new one. So listen at the new address first, and at the old for as long as its
-    /// calls take. The id stays what it was, even where it was the old address by default:
+    /// connected to the old address dial the new one, and go on calling the old until they are connected there (or have lost
+    /// it where it was); the calls in flight there finish within their drain bound. So listen at the old address until
+    /// nobody is connected to it. The id stays what it was, even where it was the old address by default:
     ///
     /// ```
     /// # use switchboard::{MemoryRegistry, Session};
@@ -247,8 +247,7 @@ impl Registration {
     /// # async fn main() -> Result<(), switchboard::Error> {
     /// # let registry = MemoryRegistry::new();
     /// let mut registration = registry.register(Session::new("echo", "10.0.0.5:21123")).await?;
-    /// let moved = |session: Session| Session::new(session.role(), "10.0.0.6:21123").with_id(session.id());
-    /// registration.update(moved).await?;
+    /// registration.update(|session| session.with_address("10.0.0.6:21123")).await?;
     /// assert_eq!(registration.session().id(), "10.0.0.5:21123");
     /// # Ok(())
     /// # }

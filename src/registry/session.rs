@@ -69,6 +69,15 @@ impl Session {
         self
     }
 
+    /// The same at another address. Its id stays, also where that is the address that it had before: to a
+    /// [`Registration::update`](super::Registration::update) it is the instance that it was, and has moved. Its calls go on
+    /// where it was until it is reached where it is, so it should listen at both for a while.
+    #[must_use]
+    pub fn with_address(mut self, address: impl Into<Arc<str>>) -> Self {
+        self.address = address.into();
+        self
+    }
+
     /// The same with the version of its program, in whatever form. Default: empty.
     #[must_use]
     pub fn with_version(mut self, version: impl Into<String>) -> Self {

@@ -140,7 +140,7 @@ impl Common {
         self.slot_free.notify_waiters();
     }
 
-    /// No other connection is let in: nobody is left to use one.
+    /// No other connection is let in: nobody is left to use one, or whoever is there now may be another.
     pub(super) fn seal(&self) {
         let told = {
             let mut life = self.lock();
@@ -287,6 +287,10 @@ impl Lifeline for Common {
         let told = self.settle(&mut self.lock(), Some((why.kind(), why.reason())));
         self.tell(told);
         self.slot_free.notify_waiters();
+    }
+
+    fn stop_dialling(&self) {
+        self.seal();
     }
 
     fn has_served(&self) -> bool {

@@ -98,7 +98,7 @@ impl Chaos {
         let a_while = self.a_while();
         let of_servers = self.random.u8(0..3) > 0;
         if of_servers {
-            let what = match self.random.u8(0..7) {
+            let what = match self.random.u8(0..8) {
                 0 => {
                     world.kill_server(id).await;
                     time::sleep(a_while).await;
@@ -128,6 +128,10 @@ impl Chaos {
                     "a server says other things of itself"
                 }
                 5 => {
+                    world.move_server(id).await;
+                    "a server says that it is elsewhere, and then is"
+                }
+                6 => {
                     world.unregister(id).await;
                     time::sleep(a_while).await;
                     world.register_again(id).await;

@@ -22,7 +22,7 @@ use crate::{
     load,
     reader::{self, View},
     support::{
-        etcd::Cluster,
+        etcd::{Cluster, free_port},
         proxy::{Mode, Proxy},
         server::{EchoServer, Options},
     },
@@ -57,6 +57,8 @@ pub(crate) struct World {
 struct Server {
     server: EchoServer,
     proxy: Arc<Proxy>,
+    /// Where it listened before, and still does for whoever is connected there.
+    former: Vec<Arc<Proxy>>,
     registration: Option<Registration>,
 }
 
@@ -162,6 +164,7 @@ impl World {
             Server {
                 server,
                 proxy,
+                former: Vec::new(),
                 registration: Some(registration),
             },
         );
@@ -197,7 +200,7 @@ impl World {
         }
         let address = server.proxy.address;
         // Whoever has connected to it is reset.
-        drop(server.proxy);
+        drop((server.proxy, server.former));
         server.server.killed().await;
         refuses(address).await;
         Some(address)
@@ -291,6 +294,30 @@ impl World {
             let update = registration.update(|session| session.with_version(version.to_string()));
             let _ = update.await;
         }
+    }
+
+    /// Says that it is elsewhere, and is so a while later. No call is to feel it.
+    pub(crate) async fn move_server(&mut self, id: &'static str) {
+        let to = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let Some(server) = self.servers.get_mut(id) else {
+            return;
+        };
+        let Some(registration) = &mut server.registration else {
+            return;
+        };
+        // In vain while etcd is away.
+        for _ in 0..600 {
+            let there = |session: Session| session.with_address(to.to_string());
+            if registration.update(there).await.is_ok() {
+                break;
+            }
+            time::sleep(Duration::from_millis(100)).await;
+        }
+        time::sleep(Duration::from_millis(300)).await;
+        let proxy = Proxy::start_at(to, server.server.address).await;
+        let before = std::mem::replace(&mut server.proxy, Arc::new(proxy));
+        server.former.push(before);
+        lock(&self.truth).well.insert(id, to.to_string());
     }
 
     /// Something is about to be done to all of them at once.
@@ -461,6 +488,7 @@ fn is_exact(status: &Status, truth: &BTreeMap<&'static str, String>) -> bool {
     };
     let is_true = |e: &switchboard::manager::EndpointStatus| {
         e.state == Connectivity::Ready
+            && e.former.is_none()
             && truth
                 .get(&*e.peer.id)
                 .is_some_and(|address| **address == *e.peer.address)

@@ -70,7 +70,10 @@ where
         let known = self.by_key.get(key);
         let known = known.and_then(|number| self.endpoints.get(number));
         if let Some(known) = known.filter(|known| !known.target.stopping()) {
-            known.end(Command::Close(Kind::SessionDeleted, None));
+            let stands_in = known.stands_in.and_then(|n| self.endpoints.get(&n));
+            for known in stands_in.into_iter().chain([known]) {
+                known.end(Command::Close(Kind::SessionDeleted, None));
+            }
         }
     }
 }

@@ -84,9 +84,14 @@ where
         self.next.asleep = true;
         let numbers: Vec<_> = self.endpoints.keys().copied().collect();
         for number in numbers {
+            self.relieve(number, &Command::Drain(Backoff::LONGEST));
             let Some(known) = self.endpoints.get_mut(&number) else {
                 continue;
             };
+            if known.stands_in_for.is_some() {
+                // It goes with whom it stands in for.
+                continue;
+            }
             known.end(Command::Drain(Backoff::LONGEST));
             let Some(task) = known.task.take() else {
                 continue;

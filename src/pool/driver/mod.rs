@@ -3,6 +3,7 @@
 
 mod end;
 mod idle;
+mod moved;
 mod set;
 
 use std::{
@@ -95,6 +96,10 @@ struct Known<T, S> {
     task: Option<Task>,
     /// Those that are finishing the calls that it had elsewhere, or before all slept: they end with its session.
     former: Vec<Task>,
+    /// Who takes its calls, where it was registered before, until it is connected or not to be called.
+    stands_in: Option<u64>,
+    /// Whom it does that for; it has no key then.
+    stands_in_for: Option<u64>,
 }
 
 struct Task {
@@ -264,6 +269,12 @@ where
         if known.task.is_none() {
             return;
         }
+        if let Some(number) = known.stands_in_for
+            && let Event::Lost { why } = event
+        {
+            self.stand_in_lost(key, number, why);
+            return;
+        }
         let peer = known.target.peer().clone();
         let state = &mut known.state;
         let told = match event {
@@ -340,6 +351,9 @@ where
                 })
             }
         };
+        if let Phase::Ready | Phase::NotServing = state.phase {
+            self.relieve(key, &self.drain());
+        }
         if let Some(told) = told {
             self.tell(told);
         }

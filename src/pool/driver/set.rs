@@ -11,7 +11,7 @@ use crate::{
         limiter::Limiter,
         task::{Command, Endpoint},
     },
-    error::Kind,
+    error::{Error, Kind},
     events::EventKind,
     pool::snapshot::{Entry, Phase, State},
 };
@@ -35,19 +35,14 @@ where
         };
         // The same generation: its connection stays, what is said of it changes.
         let peer = target.peer().clone();
-        let moved = known.target.peer().address != peer.address;
+        let moved = known.target.peer().address != peer.address && target.barred().is_none();
         let news = match (known.target.stopping(), target.stopping()) {
             (false, true) => EventKind::Stopping { peer: peer.clone() },
             _ => EventKind::Updated { peer: peer.clone() },
         };
         if moved && known.task.is_some() {
-            // The same session elsewhere: it takes new calls there, and finishes the old ones here.
-            let draining = self.leave(number, &Command::Drain(self.shared.config.drain));
             self.tell(news);
-            let number = self.add(key, target);
-            if let Some(known) = self.endpoints.get_mut(&number) {
-                known.former = draining;
-            }
+            self.follow(key, number, target);
             return;
         }
         known.target = target.clone();
@@ -61,6 +56,8 @@ where
                     ready.mark_down(why.to_string());
                 }
                 let why = Arc::new(why);
+                let how = Command::Close(why.kind(), why.reason());
+                self.relieve(number, &how);
                 self.tell(EventKind::Barred { peer, why });
             }
             // It was barred, or all are asleep.
@@ -72,6 +69,9 @@ where
             }
             (None, Some(task)) => {
                 task.nudge.notify_one();
+                if target.stopping() {
+                    self.relieve(number, &self.drain());
+                }
                 self.tell(news);
             }
         }
@@ -79,7 +79,7 @@ where
     }
 
     /// A new endpoint, and its number.
-    fn add(&mut self, key: K, target: Arc<T>) -> u64 {
+    pub(super) fn add(&mut self, key: K, target: Arc<T>) -> u64 {
         self.last_key += 1;
         let number = self.last_key;
         *self.ids.entry(target.peer().id.clone()).or_default() += 1;
@@ -96,6 +96,8 @@ where
             retired: Vec::new(),
             task: None,
             former: Vec::new(),
+            stands_in: None,
+            stands_in_for: None,
             target,
         };
         let peer = known.target.peer().clone();
@@ -146,13 +148,14 @@ where
         };
         let peer = known.target.peer().clone();
         self.tell(EventKind::Removed { peer });
+        self.relieve(number, &how);
         let draining = self.leave(number, &how);
         self.draining.retain(|task| !task.commands.is_closed());
         self.draining.extend(draining);
     }
 
     /// Takes an endpoint out of everything, and has its tasks end as told; returns those that are not done at once.
-    fn leave(&mut self, number: u64, how: &Command) -> Vec<Task> {
+    pub(super) fn leave(&mut self, number: u64, how: &Command) -> Vec<Task> {
         let Some(mut known) = self.endpoints.remove(&number) else {
             return Vec::new();
         };
@@ -162,8 +165,8 @@ where
             draining = std::mem::take(&mut known.former);
             draining.retain(|task| !task.commands.is_closed());
             draining.extend(known.task.take());
-        } else if let Some(ready) = &known.ready {
-            ready.mark_down("session deleted");
+        } else if let (Command::Close(kind, _), Some(ready)) = (how, &known.ready) {
+            ready.mark_down(Error::new(*kind).to_string());
         }
         self.unlist(&mut known);
         if known.awaited {
@@ -239,11 +242,23 @@ where
             }
             _ => self.unlist(&mut known),
         }
+        if let Some(who) = known.stands_in_for {
+            // Of the two, that is who is meant by their id.
+            self.endpoints.insert(number, known);
+            self.dirty = true;
+            return self.show(who);
+        }
+        let stands_in = known.stands_in.and_then(|n| self.endpoints.get(&n));
+        let stands_in = stands_in.filter(|other| other.state.phase == Phase::Ready);
         let entry = Arc::new(Entry {
             number,
             target: known.target.clone(),
             state: known.state.clone(),
-            ready: known.ready.clone(),
+            ready: match stands_in {
+                Some(other) => other.ready.clone(),
+                None => known.ready.clone(),
+            },
+            stands_in: stands_in.map(|other| (other.target.peer().clone(), other.state.since)),
         });
         // Of two with the same id, the one that is barred is not who is meant by it.
         let id = &known.target.peer().id;

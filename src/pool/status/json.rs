@@ -51,9 +51,11 @@ impl Serialize for EndpointStatus {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         let target: &dyn std::any::Any = &*self.target;
         let session = target.downcast_ref::<Member>().map(Member::session);
-        let mut to = to.serialize_struct("EndpointStatus", 13)?;
+        let mut to = to.serialize_struct("EndpointStatus", 14)?;
         to.serialize_field("id", &*self.peer.id)?;
         to.serialize_field("address", &*self.peer.address)?;
+        let former = self.former.as_ref().map(|peer| &*peer.address);
+        to.serialize_field("former_address", &former)?;
         to.serialize_field("generation", &self.peer.generation)?;
         to.serialize_field("version", &session.map(|s| s.version()))?;
         to.serialize_field("metadata", &session.map(|s| s.metadata()))?;

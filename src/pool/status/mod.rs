@@ -61,8 +61,11 @@ pub enum Discovery {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct EndpointStatus {
-    /// Who it is.
+    /// Who it is, and where discovery says that it is.
     pub peer: Arc<Peer>,
+    /// The same at another address, where its calls still go: its session has moved, and is not reached yet where it is
+    /// now. Its attempts and their error are those of the new address.
+    pub former: Option<Arc<Peer>>,
     /// What discovery said of it; a [`Member`](crate::discover::Member) where there is a registry.
     pub target: Arc<dyn Target>,
     /// Its connectivity.
@@ -74,7 +77,7 @@ pub struct EndpointStatus {
     /// How many connections take its calls: more than one where that pays, see
     /// [`Connections`](crate::transport::Connections).
     pub connections: usize,
-    /// Failed attempts in a row.
+    /// Failed attempts in a row to connect it.
     pub attempts: u32,
     /// When it is tried next, if the registry says nothing before; `None` while it is tried, or is connected, or
     /// only the registry's next word counts.
@@ -146,7 +149,11 @@ impl EndpointStatus {
             peer: entry.target.peer().clone(),
             target: entry.target.clone(),
             state: Connectivity::of(entry),
-            since: entry.state.since,
+            since: match &entry.stands_in {
+                Some((_, since)) => *since,
+                None => entry.state.since,
+            },
+            former: entry.stands_in.as_ref().map(|(peer, _)| peer.clone()),
             in_flight: entry.ready.as_ref().map_or(0, |ready| ready.load.current()),
             connections: entry.ready.as_ref().map_or(0, |ready| ready.connections()),
             attempts: entry.state.attempts,
@@ -187,6 +194,7 @@ impl Connectivity {
 
     pub(crate) fn of<S>(entry: &Entry<S>) -> Self {
         match entry.state.phase {
+            _ if entry.stands_in.is_some() => Self::Ready,
             Phase::Connecting => Self::Connecting,
             Phase::Ready if entry.target.stopping() => Self::Stopping,
             Phase::Ready => Self::Ready,

@@ -76,7 +76,10 @@ fn cells(of: &EndpointStatus) -> [String; 8] {
     };
     [
         of.peer.id.to_string(),
-        of.peer.address.to_string(),
+        match &of.former {
+            None => of.peer.address.to_string(),
+            Some(former) => format!("{}, still {}", of.peer.address, former.address),
+        },
         of.peer.generation.to_string(),
         of.state.to_string(),
         Age(of.since).to_string(),
