@@ -20,6 +20,7 @@ use std::{
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 use support::{
     certificates::Ca,
+    proxy::Blackhole,
     server::{
         EchoServer, Seen,
         pb::{EchoRequest, echo_client::EchoClient},
@@ -28,6 +29,7 @@ use support::{
 use switchboard::{
     Channel, ConnectionManager, Kind, MemoryRegistry, Session,
     endpoint::BoxError,
+    pool::PoolConfig,
     registry::Registration,
     transport::{Connector, TlsConfig},
 };
@@ -619,6 +621,45 @@ fn hangs_up(mut peer: DuplexStream) {
     tokio::spawn(async move {
         let _ = peer.read(&mut [0; 1024]).await;
     });
+}
+
+#[tokio::test]
+async fn an_attempt_that_runs_out_of_time_says_in_which_step_it_was() {
+    let within = Duration::from_millis(200);
+    let silent = Blackhole::new();
+    let connects = format!("connecting to {}", silent.address());
+    let two = silent.address;
+    for (address, connector, step) in [
+        (silent.address(), Connector::new(), connects.as_str()),
+        (
+            "echo:1".to_owned(),
+            Connector::new().resolver(move |_, _| std::future::pending()),
+            "resolving the name echo",
+        ),
+        (
+            "echo:1".to_owned(),
+            Connector::new().resolver(move |_, _| async move { Ok(vec![two, two]) }),
+            "connecting to any of its 2 addresses",
+        ),
+        (
+            "echo:1".to_owned(),
+            Connector::new()
+                .dial_with(move |_| std::future::pending::<Result<DuplexStream, BoxError>>()),
+            "waiting for the dialer",
+        ),
+    ] {
+        let registry = MemoryRegistry::new();
+        let session = Session::new("echo", address);
+        let _registration = registry.register(session).await.unwrap();
+        let manager = ConnectionManager::builder(registry)
+            .connector(connector)
+            .pools(PoolConfig::default().attempt_timeout(within).unwrap())
+            .build();
+        let mut client = EchoClient::new(manager.channel("echo"));
+        let status = client.unary(EchoRequest::default()).await.unwrap_err();
+        let expected = format!("not connected within 200ms, {step} (1 attempt");
+        assert!(status.message().contains(&expected), "{status}");
+    }
 }
 
 /// A TLS server for 127.0.0.1 that does not say which protocol it speaks.

@@ -286,9 +286,11 @@ async fn is_passed_by(
 
 #[tokio::test]
 async fn a_peer_that_says_nothing_is_passed_by() {
-    is_passed_by("silence", "not connected within 300ms", |socket| {
-        Box::pin(ignore(socket))
-    })
+    is_passed_by(
+        "silence",
+        "not connected within 300ms, waiting for its HTTP/2 settings",
+        |socket| Box::pin(ignore(socket)),
+    )
     .await;
 }
 
@@ -296,7 +298,7 @@ async fn a_peer_that_says_nothing_is_passed_by() {
 async fn a_peer_that_answers_no_ping_is_passed_by() {
     is_passed_by(
         "settings alone",
-        "not connected within 300ms",
+        "not connected within 300ms, waiting for its HTTP/2 settings",
         says(&frame(SETTINGS, 0, 0, &[])),
     )
     .await;

@@ -357,7 +357,9 @@ async fn a_proxy_that_says_nothing_costs_one_attempt() {
         Some(Kind::NotConnected)
     );
     assert!(
-        status.message().contains("not connected within 200ms"),
+        status
+            .message()
+            .contains("not connected within 200ms, waiting for the proxy at 127.0.0.1:"),
         "{status:?}"
     );
 }

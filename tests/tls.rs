@@ -439,7 +439,9 @@ async fn a_server_that_is_silent_in_the_handshake_costs_one_attempt_and_is_let_g
         Some(Kind::NotConnected)
     );
     assert!(
-        status.message().contains("not connected within 200ms"),
+        status
+            .message()
+            .contains("not connected within 200ms, in the TLS handshake"),
         "{status:?}"
     );
 
@@ -501,7 +503,7 @@ async fn a_server_that_does_not_take_part_in_the_handshake_costs_one_attempt_and
         // As much as was announced never comes.
         (
             Say(&[22, 3, 3, 0, 100, 2, 0, 0, 96]),
-            "not connected within 300ms",
+            "not connected within 300ms, in the TLS handshake",
         ),
     ] {
         // Given a server that is not one at first

@@ -918,7 +918,9 @@ async fn a_silent_peer_fails_the_attempt_when_its_time_is_up() {
         began.elapsed()
     );
     assert!(
-        status.message().contains("not connected within 200ms"),
+        status
+            .message()
+            .contains("not connected within 200ms, waiting for its HTTP/2 settings"),
         "{status}"
     );
 }

@@ -835,6 +835,8 @@ async fn a_hook_may_stop_its_component_and_may_drop_it() {
     until(&mut component.states(), "Stopped").await;
     assert!(began.elapsed() < 5 * SECOND, "{:?}", began.elapsed());
     assert!(registry.record("echo/1").is_none());
+    // Its hook has it, and it has its hook.
+    own.lock().unwrap().take();
 
     // And one that is dropped by it
     let own = Arc::new(Mutex::new(None::<Component>));

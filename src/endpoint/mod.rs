@@ -7,6 +7,7 @@ mod connect;
 pub(crate) mod limiter;
 pub(crate) mod load;
 pub(crate) mod ready;
+pub(crate) mod step;
 pub(crate) mod task;
 pub(crate) mod turn;
 

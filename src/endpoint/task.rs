@@ -10,7 +10,7 @@ use tokio::{
 
 use super::{
     Connect, Connected, Dialing, Health, HealthStream, Lifeline, Target, limiter::Limiter,
-    ready::Ready, turn::in_turn,
+    ready::Ready, step, turn::in_turn,
 };
 use crate::error::{BoxError, Error, Kind, SharedError};
 
@@ -201,16 +201,13 @@ impl<T: Target, C: Connect<T>> Endpoint<T, C> {
         let result = tokio::select! {
             biased;
             ended = ended(&mut self.commands) => return Err(ended),
-            result = in_turn(place, async { time::timeout(bound, dial).await }) => result,
+            result = in_turn(place, async { step::within(bound, dial).await }) => result,
         };
         Ok(match result {
             Ok(Ok(Ok(connected))) => Ok(connected),
             Ok(Ok(Err(error))) => Err(Arc::from(error)),
             Ok(Err(_panic)) => Err(Arc::from(BoxError::from("the connector panicked"))),
-            Err(_elapsed) => Err(Arc::from(BoxError::from(format!(
-                "not connected within {:?}",
-                self.dialing.attempt_timeout
-            )))),
+            Err(too_late) => Err(Arc::from(BoxError::from(too_late))),
         })
     }
 

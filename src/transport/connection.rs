@@ -21,7 +21,7 @@ use super::{
     socket::Socket,
 };
 use crate::{
-    endpoint::Lifeline,
+    endpoint::{Lifeline, step},
     error::{Error, Kind, Sent},
 };
 
@@ -95,6 +95,7 @@ impl Connection {
         core.runs_in(task.abort_handle());
         // Until the handle is out, dropping this future has to close the connection.
         let undo = AbortOnDrop::new(task.abort_handle());
+        step::next("waiting for its HTTP/2 settings");
         if let Err(error) = pings.ping(Ping::opaque()).await {
             // The ping fails as the connection is dropped, an instant before its task says why.
             core.ended().cancelled().await;

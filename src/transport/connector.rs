@@ -481,6 +481,7 @@ impl Connector {
     pub(super) async fn open(&self, common: &Arc<Common>) -> Result<Connection, Error> {
         #[cfg(feature = "tls")]
         if let Some(tls) = &self.tls {
+            crate::endpoint::step::next("reading certificates");
             let tls = tls.current().await;
             let name = tls.name_of(&common.to.authority)?;
             let io = tls

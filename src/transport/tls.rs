@@ -31,6 +31,7 @@ use super::dial::Stream;
 use crate::{
     Backoff,
     backoff::check_duration,
+    endpoint::step,
     error::{Error, Kind},
 };
 
@@ -350,6 +351,7 @@ impl Tls {
         io: Stream,
         name: ServerName<'static>,
     ) -> Result<TlsStream, Error> {
+        step::next("in the TLS handshake");
         let connector = TlsConnector::from(self.config.clone());
         let io = connector
             .connect(name, io)

@@ -22,7 +22,7 @@ pub(super) use self::stream::Stream;
 use self::tcp::Tcp;
 use crate::{
     address::{Address, HostPort},
-    endpoint::BoxFuture,
+    endpoint::{BoxFuture, step},
     error::{BoxError, Error, Kind},
 };
 
@@ -157,11 +157,14 @@ impl Dialer {
                 None => Err(Error::new(Kind::Internal).with_reason("the proxy is another's")),
             },
             (To::Local(path), _) => unix::connect(path).await,
-            (To::Own, Some(own)) => match guarded(|| own(destination.address.to_string())).await {
-                Ok(Ok(stream)) => Ok(stream),
-                Ok(Err(error)) => Err(lost("the dialer failed", error)),
-                Err(panic) => Err(lost("the dialer panicked", panic)),
-            },
+            (To::Own, Some(own)) => {
+                step::next("waiting for the dialer");
+                match guarded(|| own(destination.address.to_string())).await {
+                    Ok(Ok(stream)) => Ok(stream),
+                    Ok(Err(error)) => Err(lost("the dialer failed", error)),
+                    Err(panic) => Err(lost("the dialer panicked", panic)),
+                }
+            }
             (To::Own, None) => {
                 Err(Error::new(Kind::Internal).with_reason("the dialer is another's"))
             }
@@ -181,6 +184,7 @@ impl Dialer {
     }
 
     async fn resolve(&self, host: &str, port: u16) -> Result<Vec<SocketAddr>, Error> {
+        step::next(format!("resolving the name {host}"));
         let found = match &self.resolver {
             None => tokio::net::lookup_host((host, port))
                 .await

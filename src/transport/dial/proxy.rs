@@ -10,6 +10,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use super::{Dialer, Stream};
 use crate::{
     address::HostPort,
+    endpoint::step,
     error::{Error, Kind},
 };
 
@@ -179,6 +180,9 @@ impl Proxy {
         let refused = |why: &str| {
             Error::new(Kind::ConnectionLost).with_reason(format!("the proxy at {proxy} {why}"))
         };
+        step::next(format!(
+            "waiting for the proxy at {proxy} to CONNECT to {target}"
+        ));
         io.write_all(&self.request(&target)).await.map_err(lost)?;
         let mut said = BytesMut::with_capacity(1024);
         loop {

@@ -15,7 +15,10 @@ use tokio::{
     time,
 };
 
-use crate::error::{Error, Kind};
+use crate::{
+    endpoint::step,
+    error::{Error, Kind},
+};
 
 /// How long one address may be alone in being tried; gRFC A61 and RFC 8305 say 250 ms.
 const STAGGER: Duration = Duration::from_millis(250);
@@ -49,6 +52,10 @@ impl Tcp {
                 ));
             }
         }
+        step::next(match &addresses[..] {
+            [only] => format!("connecting to {only}"),
+            several => format!("connecting to any of its {} addresses", several.len()),
+        });
         let mut left = in_turn(addresses);
         let mut under_way = FuturesUnordered::new();
         let mut failed: Vec<(SocketAddr, io::Error)> = Vec::new();

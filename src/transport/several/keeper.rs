@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     Backoff,
-    endpoint::turn::in_turn,
+    endpoint::{step, turn::in_turn},
     error::{BoxError, Error, Kind},
     transport::{Connection, Connector, common::Common, core::Core},
 };
@@ -267,10 +267,10 @@ impl Attempts {
             let turn = connector.turn();
             // Resolvers and dialers of one's own may panic. It has its time from when it has its turn.
             let open = AssertUnwindSafe(connector.open(&common)).catch_unwind();
-            match in_turn(turn, async { time::timeout(ATTEMPT, open).await }).await {
+            match in_turn(turn, async { step::within(ATTEMPT, open).await }).await {
                 Ok(Ok(result)) => result,
                 Ok(Err(_panic)) => Err(failed("the connector panicked")),
-                Err(_elapsed) => Err(failed(format!("not connected within {ATTEMPT:?}"))),
+                Err(too_late) => Err(failed(too_late)),
             }
         };
         self.dial = Some(Dial {
