@@ -198,6 +198,57 @@ async fn calls_above_a_goaway_are_made_again_on_the_next_connection() {
     assert_eq!(status.code(), Code::Cancelled, "{status}");
 }
 
+// As servers do to have their clients balanced anew, grpc-go's after `MaxConnectionAge`, nginx after so many requests.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_says_goodbye_every_thousand_calls_fails_none_of_256_at_once() {
+    const CALLERS: usize = 256;
+    const CALLS: usize = 100;
+    const GOODBYE: usize = 1000;
+    let executed = Arc::new(AtomicUsize::new(0));
+    let count = executed.clone();
+    let fake = Fake::sockets(move |_, socket| {
+        let count = count.clone();
+        async move {
+            let connection = h2::server::handshake(socket).await;
+            let mut connection = connection.map_err(std::io::Error::other)?;
+            let mut taken = 0;
+            while let Some(Ok((_, respond))) = connection.accept().await {
+                let count = count.clone();
+                tokio::spawn(async move {
+                    time::sleep(Duration::from_millis(fastrand::u64(0..3))).await;
+                    count.fetch_add(1, SeqCst);
+                    fake::answer(respond);
+                });
+                taken += 1;
+                if taken == GOODBYE {
+                    connection.graceful_shutdown();
+                }
+            }
+            Ok(())
+        }
+    });
+    let (_manager, channel) = channel_to(&fake.address());
+    let callers = (0..CALLERS).map(|_| {
+        let channel = channel.clone();
+        tokio::spawn(async move {
+            for _ in 0..CALLS {
+                call(&channel).await?;
+            }
+            Ok::<_, Status>(())
+        })
+    });
+    for caller in futures_util::future::join_all(callers).await {
+        caller.unwrap().unwrap();
+    }
+    // Each once, on the one connection or the next.
+    assert_eq!(executed.load(SeqCst), CALLERS * CALLS);
+    let connections = fake.connections();
+    assert!(
+        connections >= CALLERS * CALLS / GOODBYE - 4,
+        "{connections}"
+    );
+}
+
 #[tokio::test]
 async fn a_graceful_stop_lets_calls_finish_and_sends_new_ones_elsewhere() {
     let (mut going, staying) = (EchoServer::start("going"), EchoServer::start("staying"));

@@ -15,6 +15,7 @@ use std::{
 use support::{
     etcd::Etcd,
     eventually, eventually_async,
+    load::Load,
     proxy::{Blackhole, Mode, Proxy},
     server::{
         EchoServer,
@@ -615,6 +616,59 @@ async fn a_session_that_is_stopping_is_drained() {
         "a",
         "a call in flight was not let finish"
     );
+}
+
+// Scenario 26.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rolling_restart_under_load_fails_no_call() {
+    const IDS: [&str; 4] = ["a", "b", "c", "d"];
+    let etcd = Etcd::start().await;
+    let registry = registry(&etcd).await;
+    let mut servers = Vec::new();
+    for id in IDS {
+        let server = EchoServer::start(id);
+        let held = registry.register(session(id, &server.address())).await;
+        servers.push((server, Some(held.unwrap())));
+    }
+    let manager = ConnectionManager::builder(registry.clone()).build();
+    let ready = manager.ready("echo", IDS.len(), Duration::from_secs(5));
+    drop(ready.await.unwrap());
+    // Given short calls and such as are in flight when it happens
+    let channel = manager.channel("echo");
+    let loads = [0, 0, 20, 150].map(|delay_ms| Load::start(&channel, delay_ms));
+    // When each is restarted where it was: one that says so in the registry first, and one that only says goodbye
+    // (GOAWAY), and takes its session back when it is done.
+    for tells in [true, false] {
+        for (id, (server, held)) in IDS.iter().zip(&mut servers) {
+            if tells {
+                held.as_mut().unwrap().stopping().await.unwrap();
+                eventually("it is seen", || {
+                    state_of(&manager, id) == Some(Connectivity::Stopping)
+                })
+                .await;
+            }
+            server.stop_gracefully();
+            let seen = server.seen.clone();
+            eventually("it has finished its calls", || {
+                seen.started.load(SeqCst) == seen.finished.load(SeqCst)
+                    && sockets_to(server.address.port()) == 0
+            })
+            .await;
+            assert_eq!(seen.cancelled.load(SeqCst), 0);
+            server.killed().await;
+            let at = server.address;
+            *server = EchoServer::start_at(id, at);
+            held.take().unwrap().deregister().await.unwrap();
+            let again = session(id, &server.address());
+            *held = Some(registry.register(again).await.unwrap());
+            let seen = server.seen.clone();
+            eventually("it is called again", || seen.finished.load(SeqCst) > 20).await;
+        }
+    }
+    // Then no call has failed.
+    for load in loads {
+        load.all_answered().await;
+    }
 }
 
 // Scenario 11, scaled down: the port opens after two seconds, the probe comes every half.

@@ -102,7 +102,7 @@ impl Failure {
             }
             (_, Sent::Unprocessed) => Nature::Refused,
             (Kind::Service, _) if is_refused(error) => Nature::Refused,
-            (Kind::ConnectionLost | Kind::SessionDeleted, Sent::Unsent) => Nature::Lost,
+            (Kind::ConnectionLost | Kind::SessionDeleted | Kind::Refused, Sent::Unsent) => Nature::Lost,
             (_, Sent::Unsent) => Nature::Unsent,
             (_, _) => Nature::Sent,
         };

@@ -201,6 +201,10 @@ fn of_our_own_errors_only_those_are_repeated_that_say_that_nothing_was_processed
     ] {
         assert_eq!(nature(kind, Sent::Sent, false), Nature::Sent, "{kind:?}");
     }
+    // Given to a connection that had just gone, or that its peer had just said goodbye to.
+    for kind in [Kind::ConnectionLost, Kind::SessionDeleted, Kind::Refused] {
+        assert_eq!(nature(kind, Sent::Unsent, false), Nature::Lost, "{kind:?}");
+    }
     assert_eq!(
         nature(Kind::ConnectionLost, Sent::Unsent, true),
         Nature::Lost
