@@ -46,7 +46,11 @@ struct Client {
 
 impl Client {
     async fn of(peer: &Peer) -> Self {
-        let mut connector = Connector::new();
+        Self::with(peer, |connector| connector).await
+    }
+
+    async fn with(peer: &Peer, with: impl FnOnce(Connector) -> Connector) -> Self {
+        let mut connector = with(Connector::new());
         if let Some(ca) = &peer.ca {
             let tls = TlsConfig::new().ca_pem(ca.as_bytes()).unwrap();
             connector = connector.tls(tls).unwrap();
@@ -415,5 +419,46 @@ async fn channel_soak() {
             client.manager.stop().await;
         }
         eventually("nothing is left", || tasks() <= before).await;
+    }
+}
+
+/// A stream that says something, is silent for so long, and says something again.
+async fn silent_for(client: &Client, silence: Duration) -> Result<(), Status> {
+    let (give, requests) = given();
+    give.send(ask(1, 1)).await.unwrap();
+    let answers = client.test().full_duplex_call(requests).await?;
+    let mut answers = answers.into_inner();
+    answers.message().await?;
+    time::sleep(silence).await;
+    // It may have failed meanwhile.
+    let _ = give.send(ask(1, 1)).await;
+    answers.message().await?;
+    Ok(())
+}
+
+// Any server of gRPC's own minds pings that come more often than each five minutes while it says nothing, unless it is told
+// not to; its third warning is the end of the connection.
+#[tokio::test]
+async fn a_server_that_minds_pings_cuts_a_silent_call_once_and_gets_fewer() {
+    for peer in interop::peers() {
+        println!("against {}", peer.name);
+        let pings = Duration::from_millis(200);
+        let often = |c: Connector| c.keepalive(Some(pings), 100 * pings).unwrap();
+        let client = Client::with(peer, often).await;
+        // For twelve pings, were they not to become fewer.
+        let mut results = Vec::new();
+        for _ in 0..2 {
+            results.push(silent_for(&client, 12 * pings).await);
+        }
+        match &results[..] {
+            [Err(cut), Ok(())] if peer.name.contains("C core") => {
+                assert_eq!(cut.code(), Code::Unavailable, "{cut}");
+                let why = cut.message().to_lowercase().replace('_', " ");
+                assert!(why.contains("too many pings"), "{cut}");
+            }
+            [Ok(()), Ok(())] if peer.name.contains("tonic") => {}
+            _ => panic!("{}: {results:?}", peer.name),
+        }
+        client.manager.stop().await;
     }
 }

@@ -13,8 +13,11 @@ use switchboard::Sent;
 
 use crate::{support::server::Witness, world::Wrong};
 
-/// How long after the end of its session a server may get calls that begin then.
+/// How long after the end of its session a server may get calls.
 const HEARD_OF: Duration = Duration::from_millis(500);
+
+/// How long one that it has got may take until it is executed, on a machine that has more to do than it can.
+const UNDER_WAY: Duration = Duration::from_millis(500);
 
 /// The records of both sides, call by call.
 #[derive(Default)]
@@ -29,6 +32,8 @@ pub(crate) struct Ledger {
 /// One call, as its caller saw it.
 pub(crate) struct Call {
     pub(crate) began: Instant,
+    /// Whom alone it was for, as it said itself.
+    pub(crate) only: Option<&'static str>,
     /// Whether it may be executed more than once.
     pub(crate) repeatable: bool,
     /// What its failure said of how far it got; none if it was answered, or its caller gave it up.
@@ -126,9 +131,15 @@ impl Ledger {
                     }
                 }
                 for execution in executed {
+                    if call.only.is_some_and(|id| id != execution.server) {
+                        is_wrong("a call for one server was executed by another");
+                    }
+                    // Its first attempt, or a later one.
                     let gone = |(server, from, until): &(&str, Instant, Option<Instant>)| {
+                        let long = call.began > *from + HEARD_OF
+                            || execution.at > *from + HEARD_OF + UNDER_WAY;
                         *server == execution.server
-                            && call.began > *from + HEARD_OF
+                            && long
                             && until.is_none_or(|until| execution.at < until)
                     };
                     if unregistered.iter().any(gone) {
@@ -162,6 +173,7 @@ pub(crate) fn try_out() {
     let witness = ledger.witness("a");
     let call = |repeatable, failed| Call {
         began: Instant::now(),
+        only: Some("a"),
         repeatable,
         failed,
     };
@@ -188,12 +200,27 @@ pub(crate) fn try_out() {
     execute(ledger.number());
     ledger.ended(5, late);
     ledger.registered("a");
-    let expected: BTreeMap<_, _> = [
+    // A later attempt went there, and not to whom it was for.
+    let long_ago = Instant::now().checked_sub(2 * (HEARD_OF + UNDER_WAY));
+    let long_ago = long_ago.expect("this machine runs for longer");
+    lock(&ledger.unregistered).push(("b", long_ago, None));
+    let number = ledger.number();
+    ledger.witness("b")(&number.to_string());
+    let before = Call {
+        began: long_ago,
+        ..call(true, None)
+    };
+    ledger.ended(number, before);
+    let mut expected: BTreeMap<_, _> = [
         "a call that may be executed once was executed twice",
         "a call that was reported unsent was executed",
-        "a call went to a server whose session was long gone",
+        "a call for one server was executed by another",
     ]
     .map(|what| (what.to_owned(), 1))
     .into();
+    expected.insert(
+        "a call went to a server whose session was long gone".to_owned(),
+        2,
+    );
     assert_eq!(ledger.judge().1, expected);
 }

@@ -1,4 +1,5 @@
-//! Calls without end, and what became of them: half of them may be repeated by a policy, half may not.
+//! Calls without end, and what became of them: half of them may be repeated by a policy, half may not; some are for one
+//! server alone.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -9,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use fastrand::Rng;
 use switchboard::{Channel, Error, Kind, RetryPolicy, Sent};
 use tokio::{task::JoinSet, time};
 use tonic::{Request, Status};
@@ -16,11 +18,11 @@ use tonic::{Request, Status};
 use crate::{
     ledger::{Call, Ledger},
     support::server::pb::{EchoRequest, echo_client::EchoClient},
-    world::{HINDSIGHT, Truth, World, Wrong, lock},
+    world::{HINDSIGHT, SERVERS, Truth, World, Wrong, lock, says_whom},
 };
 
 /// Callers of each client.
-const CALLERS: usize = 6;
+const CALLERS: usize = 8;
 
 /// How long most calls may take.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -58,6 +60,7 @@ struct Shared {
 pub(crate) struct Tally {
     calls: u64,
     repeatable: u64,
+    pinned: u64,
     given_up: u64,
     slowest: Duration,
     /// By how much a call was under way longer than it may take, less what this process was late.
@@ -69,6 +72,8 @@ pub(crate) struct Tally {
 /// One call that failed.
 struct Failure {
     number: u64,
+    /// Whom alone it was for, if anybody.
+    pinned: Option<&'static str>,
     began: Instant,
     at: Instant,
     status: Status,
@@ -79,17 +84,21 @@ struct Failure {
 // === impl Load ===
 
 impl Load {
-    pub(crate) fn start(world: &World) -> Self {
+    /// What is called, and whom, the seed decides; not in which order all of that comes.
+    pub(crate) fn start(world: &World, seed: u64) -> Self {
         let shared = Arc::new(Shared::default());
         let mut callers = JoinSet::new();
         callers.spawn(watch_the_clock(shared.clone()));
-        for channel in world.channels() {
+        let mut random = Rng::with_seed(seed);
+        for (client, channel) in world.channels().into_iter().enumerate() {
             for n in 0..CALLERS {
                 let policy = (n % 2 == 0).then(|| {
                     let policy = RetryPolicy::new(ATTEMPTS).expect("so many may be made");
                     policy.idempotent()
                 });
                 let caller = Caller {
+                    random: random.fork(),
+                    says_whom: says_whom(client),
                     channel: channel.clone(),
                     policy,
                     ledger: world.ledger(),
@@ -112,9 +121,15 @@ impl Load {
 
     pub(crate) async fn stop(mut self) -> Tally {
         self.shared.stop.store(true, Relaxed);
-        while self.callers.join_next().await.is_some() {}
+        let ended = async { while self.callers.join_next().await.is_some() {} };
+        let ended = time::timeout(HINDSIGHT + 2 * DEADLINE, ended).await;
         let tally = self.shared.tally.lock();
-        tally.unwrap_or_else(PoisonError::into_inner).clone()
+        let mut tally = tally.unwrap_or_else(PoisonError::into_inner).clone();
+        if ended.is_err() {
+            let hang = self.callers.len();
+            tally.is_wrong(format!("{hang} callers hang in calls that do not end"));
+        }
+        tally
     }
 }
 
@@ -139,6 +154,8 @@ async fn watch_the_clock(shared: Arc<Shared>) {
 }
 
 struct Caller {
+    random: Rng,
+    says_whom: bool,
     channel: Channel,
     policy: Option<RetryPolicy>,
     ledger: Arc<Ledger>,
@@ -172,33 +189,37 @@ impl Caller {
     }
 
     async fn call(&mut self) -> Option<Failure> {
-        let delay = match fastrand::u8(..) {
+        let random = &mut self.random;
+        let delay = match random.u8(..) {
             // Now and then a long one, to be in flight when things happen.
-            0 => fastrand::u32(100..2000),
-            _ => fastrand::u32(0..10),
+            0 => random.u32(100..2000),
+            _ => random.u32(0..10),
         };
-        let deadline = match fastrand::u8(..) {
-            0..10 => Duration::from_millis(fastrand::u64(20..200)),
+        let deadline = match random.u8(..) {
+            0..10 => Duration::from_millis(random.u64(20..200)),
             _ => DEADLINE,
         };
         // Some are given up by whoever made them.
-        let patience = match fastrand::u8(..) {
-            0..5 => Duration::from_millis(fastrand::u64(0..20)),
+        let patience = match random.u8(..) {
+            0..5 => Duration::from_millis(random.u64(0..20)),
             _ => Duration::MAX,
+        };
+        let pinned = match random.u8(..) {
+            0..32 => Some(SERVERS[random.usize(..SERVERS.len())]),
+            _ => None,
+        };
+        let channel = match pinned {
+            Some(id) => &self.channel.to(id),
+            None => &self.channel,
         };
         let number = self.ledger.number();
         let began = Instant::now();
-        let call = call(
-            &self.channel,
-            number.to_string(),
-            delay,
-            deadline,
-            self.policy,
-        );
+        let call = call(channel, number.to_string(), delay, deadline, self.policy);
         let result = time::timeout(patience, call).await;
         let took = began.elapsed();
         self.tally.calls += 1;
         self.tally.repeatable += u64::from(self.policy.is_some());
+        self.tally.pinned += u64::from(pinned.is_some());
         self.tally.slowest = self.tally.slowest.max(took);
         self.shared.calls.fetch_add(1, Relaxed);
         let late = Duration::from_micros(self.shared.late.load(Relaxed));
@@ -209,6 +230,7 @@ impl Caller {
         }
         let mut record = Call {
             began,
+            only: pinned.filter(|_| self.says_whom),
             repeatable: self.policy.is_some(),
             failed: None,
         };
@@ -224,6 +246,7 @@ impl Caller {
                 let at = Instant::now();
                 Some(Failure {
                     number,
+                    pinned,
                     began,
                     at,
                     status,
@@ -240,7 +263,8 @@ impl Caller {
         let truth = lock(&self.truth);
         let by = self.ledger.executed_by(failure.number);
         // Whoever had it first may have had most of its time.
-        let excused = by.iter().any(|id| truth.was_disturbed(id));
+        let mut had_it = by.iter().copied().chain(failure.pinned);
+        let excused = had_it.any(|id| truth.was_disturbed(id));
         let may_be_repeated = self.policy.is_some();
         let is_new = self.tally.failed(failure, may_be_repeated, excused, &truth);
         if is_new {
@@ -306,6 +330,8 @@ impl Tally {
         let excused = excused || peer.as_ref().is_some_and(|id| truth.was_disturbed(id));
         let before = self.wrong.len();
         match (error.sent(), peer) {
+            // Nobody else would do.
+            _ if failure.pinned.is_some() && excused => {}
             // So little time may not be enough.
             _ if !in_time && failure.deadline < DEADLINE => {}
             // Nor for the pause before another attempt.
@@ -349,6 +375,7 @@ impl Tally {
     fn add(&mut self, other: Self) {
         self.calls += other.calls;
         self.repeatable += other.repeatable;
+        self.pinned += other.pinned;
         self.given_up += other.given_up;
         self.slowest = self.slowest.max(other.slowest);
         self.over = self.over.max(other.over);
@@ -369,6 +396,7 @@ impl Tally {
             self.over,
         );
         println!("  {:>9}  of them might be repeated", self.repeatable);
+        println!("  {:>9}  were for one server alone", self.pinned);
         println!("  {:>9}  were given up by their callers", self.given_up);
         for (what, times) in &self.failures {
             println!("  {times:>9}  failed: {what}");

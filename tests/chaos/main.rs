@@ -5,12 +5,14 @@
 //!     SWITCHBOARD_ETCD=path/of/etcd cargo test --all-features --test chaos -- --minutes 10
 //!
 //! Three etcds, six servers, four clients, all on this machine and started by this program; the servers are reached
-//! through proxies, which can lose, hold, delay and reset what goes through. Each call is written down on both sides.
+//! through proxies, which can lose, hold, delay and reset what goes through: to a client, a server that stands still or is
+//! killed looks so. Half of the servers take one call on a connection, so that there are several; of half of the clients
+//! none gets older than 2 s; those of another half say whom they are for, as Milvus's do. Each call is written down on both sides.
 //! Exits with 1 if anything happened that must not:
 //!
 //! - a call did not end in its time;
 //! - one that was reported unsent was executed, or one that may not be repeated was executed twice;
-//! - one went to a server whose session had been gone for more than 500 ms;
+//! - one went to a server whose session had been gone for more than 500 ms, or, though it said whom it was for, to another;
 //! - one failed that could have gone elsewhere, or failed though nothing was done to its server;
 //! - a server that was well was taken for gone, a watch told what was not so, a view was wrong for too long.
 //!
@@ -56,8 +58,8 @@ async fn main() -> ExitCode {
     }
     ledger::try_out();
     println!("three etcds, six servers, four clients; {length:?} of it; seed {seed}\n");
-    let (mut world, mut etcds) = World::start().await;
-    let load = Load::start(&world);
+    let (mut world, mut etcds) = World::start(seed).await;
+    let load = Load::start(&world, seed);
     let watching = world.watch();
     let mut chaos = Chaos::new(seed);
     let began = Instant::now();

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use fastrand::Rng;
 use futures_util::StreamExt as _;
 use switchboard::{
     ConnectionManager,
@@ -19,18 +20,30 @@ use crate::world::{Truth, lock};
 pub(crate) type View = Arc<Mutex<BTreeMap<String, (String, bool)>>>;
 
 /// Reads with a pause of up to this before each change.
-pub(crate) fn read(manager: &ConnectionManager, pause: Duration, truth: Arc<Mutex<Truth>>) -> View {
+pub(crate) fn read(
+    manager: &ConnectionManager,
+    pause: Duration,
+    random: Rng,
+    truth: Arc<Mutex<Truth>>,
+) -> View {
     let view = View::default();
-    tokio::spawn(follow(manager.watch("echo"), pause, view.clone(), truth));
+    let watch = manager.watch("echo");
+    tokio::spawn(follow(watch, pause, random, view.clone(), truth));
     view
 }
 
-async fn follow(mut watch: Watch, pause: Duration, view: View, truth: Arc<Mutex<Truth>>) {
+async fn follow(
+    mut watch: Watch,
+    pause: Duration,
+    mut random: Rng,
+    view: View,
+    truth: Arc<Mutex<Truth>>,
+) {
     while let Some(change) = watch.next().await {
         if let Err(what) = view_after(&view, &change) {
             lock(&truth).is_wrong(&format!("a watch told {what}"));
         }
-        time::sleep(pause.mul_f64(fastrand::f64())).await;
+        time::sleep(pause.mul_f64(random.f64())).await;
     }
 }
 

@@ -7,12 +7,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use fastrand::Rng;
 use futures_util::StreamExt as _;
+use http::{HeaderMap, HeaderName};
 use switchboard::{
     Backoff, Channel, ConnectionManager, Error, EtcdRegistry, Kind, Registration, Session,
     manager::{Connectivity, Discovery, Status},
     pool::PoolConfig,
-    registry::{RegistrationEvent, RegistrationEvents},
+    registry::{BadRecord, Codec, Naming, RegistrationEvent, RegistrationEvents},
     transport::Connector,
 };
 use tokio::{task::JoinHandle, time};
@@ -24,7 +26,7 @@ use crate::{
     support::{
         etcd::{Cluster, free_port},
         proxy::{Mode, Proxy},
-        server::{EchoServer, Options},
+        server::{EchoServer, Node, Options},
     },
 };
 
@@ -42,6 +44,53 @@ const AFTERMATH: Duration = Duration::from_secs(10);
 
 /// What must not be, and how often it was.
 pub(crate) type Wrong = BTreeMap<String, u64>;
+
+/// Whether each call of this client says whom it is for, which servers heed. Without that, one for a server whose address another
+/// has just taken is executed by that.
+pub(crate) fn says_whom(client: usize) -> bool {
+    client < CLIENTS / 2
+}
+
+/// The naming format, and who each call is for.
+#[derive(Debug)]
+struct Addressed;
+
+impl Codec for Addressed {
+    fn prefix(&self, root: &str, role: &str) -> String {
+        Naming.prefix(root, role)
+    }
+
+    fn key(&self, root: &str, session: &Session) -> String {
+        Naming.key(root, session)
+    }
+
+    fn encode(&self, session: &Session, lease: i64) -> Result<Vec<u8>, Error> {
+        Naming.encode(session, lease)
+    }
+
+    fn decode(
+        &self,
+        root: &str,
+        role: &str,
+        key: &str,
+        value: &[u8],
+    ) -> Result<Option<Session>, BadRecord> {
+        Naming.decode(root, role, key, value)
+    }
+
+    fn call_metadata(&self, session: &Session) -> HeaderMap {
+        HeaderMap::from_iter([(
+            HeaderName::from_static("serverid"),
+            number(session.id()).into(),
+        )])
+    }
+}
+
+/// The number by which calls name a server.
+fn number(id: &str) -> i64 {
+    let place = SERVERS.iter().position(|known| *known == id);
+    place.map_or(-1, |place| place as i64)
+}
 
 pub(crate) struct World {
     endpoints: Vec<String>,
@@ -94,7 +143,8 @@ pub(crate) enum Affliction {
 // === impl World ===
 
 impl World {
-    pub(crate) async fn start() -> (Self, Cluster) {
+    pub(crate) async fn start(seed: u64) -> (Self, Cluster) {
+        let mut random = Rng::with_seed(seed);
         let etcds = Cluster::start().await;
         let mut world = Self {
             endpoints: etcds.endpoints(),
@@ -107,16 +157,23 @@ impl World {
         for id in SERVERS {
             world.start_server(id, None).await;
         }
-        for _ in 0..CLIENTS {
+        for n in 0..CLIENTS {
             // Peers that are silent are found out within 3 s, those that are offline tried again within a second.
             let connector = Connector::new().keepalive(Some(SECOND), 2 * SECOND);
+            // And connections come and go all the while, for each second client.
+            let age = (n % 2 == 0).then_some(2 * SECOND);
+            let connector = connector.and_then(|c| c.max_age(age)?.spare_for(SECOND));
             let probe = Backoff::constant(SECOND, 0.2).expect("it is in bounds");
-            let manager = ConnectionManager::builder(world.registry().await)
+            let mut registry = world.registry().await;
+            if says_whom(n) {
+                registry = registry.with_codec(Addressed);
+            }
+            let manager = ConnectionManager::builder(registry)
                 .connector(connector.expect("it is in bounds"))
                 .pools(PoolConfig::default().probe(Some(probe)))
                 .build();
             for pause in [Duration::ZERO, Duration::from_millis(500)] {
-                let view = reader::read(&manager, pause, world.truth());
+                let view = reader::read(&manager, pause, random.fork(), world.truth());
                 world.views.push(view);
             }
             world.clients.push(manager);
@@ -150,6 +207,9 @@ impl World {
             id,
             Options {
                 witness,
+                node: Some(Node::new(number(id))),
+                // Half of them get another connection for each other call at once.
+                max_streams: ["a", "b", "c"].contains(&id).then_some(1),
                 ..Options::default()
             },
         );
