@@ -14,6 +14,7 @@ use std::{
 
 use bytes::Bytes;
 use h2::Reason;
+use http_body_util::BodyExt as _;
 use support::{
     eventually,
     fake::{self, ByHand, Fake, GOAWAY, MAX_CONCURRENT_STREAMS, SETTINGS, frame, setting},
@@ -24,9 +25,11 @@ use support::{
 };
 use switchboard::{
     Channel, ConnectionManager, Error, Kind, Sent, Session, pool::PoolConfig, registry::Fixed,
+    transport::Connector,
 };
 use tokio::{net::TcpStream, sync::Notify, time};
 use tonic::{Code, Status};
+use tower::ServiceExt as _;
 
 fn channel_to(address: &str) -> (ConnectionManager, Channel) {
     let session = Session::new("echo", address).with_id("a");
@@ -289,6 +292,37 @@ async fn a_graceful_stop_lets_calls_finish_and_sends_new_ones_elsewhere() {
     }
 }
 
+// A server of any library says that it does not want the rest (RST_STREAM, NO_ERROR); HTTP/2 does not demand it.
+#[tokio::test]
+async fn an_answer_to_half_of_a_request_gives_its_stream_back() {
+    // Given a peer that takes one call at a time, has room for half of its message, and answers at once
+    let fake = Fake::sockets(|_, socket| async move {
+        let one = setting(MAX_CONCURRENT_STREAMS, 1);
+        ByHand::accept(socket, &one).await?.serve().await
+    });
+    let session = Session::new("echo", fake.address());
+    let manager = ConnectionManager::builder(Fixed::new([session]).unwrap())
+        .connector(Connector::new().max_connections(1).unwrap())
+        .build();
+    let mut client = EchoClient::new(manager.channel("echo"));
+    let large = EchoRequest {
+        payload: vec![0; 200_000].into(),
+        ..EchoRequest::default()
+    };
+    // Then each call is answered, and the next one has a stream.
+    for n in 0..5 {
+        let calls = async {
+            client.unary(large.clone()).await?;
+            // One message, which is there when the stream has begun, and the end.
+            let parts = tokio_stream::iter([EchoRequest::default(), large.clone()]);
+            client.upload(parts).await
+        };
+        let calls = time::timeout(Duration::from_secs(2), calls).await;
+        calls.unwrap_or_else(|_| panic!("{n}: it hangs")).unwrap();
+    }
+    assert_eq!(fake.connections(), 1);
+}
+
 #[tokio::test]
 async fn calls_that_wait_for_a_stream_go_when_the_peer_allows_more() {
     let (allow, streams) = (Arc::new(Notify::new()), Arc::new(AtomicUsize::new(0)));
@@ -340,4 +374,54 @@ async fn calls_that_wait_for_a_stream_go_when_the_peer_allows_more() {
         let status = call.await.unwrap().unwrap_err();
         assert_eq!(status.code(), Code::Cancelled, "{status}");
     }
+}
+
+/// A call with this body, as it is.
+async fn raw_call(
+    channel: &Channel,
+    frames: impl IntoIterator<Item = http_body::Frame<Bytes>>,
+) -> Result<(), Error> {
+    let frames: Vec<_> = frames.into_iter().map(Ok::<_, Status>).collect();
+    let body = http_body_util::StreamBody::new(tokio_stream::iter(frames));
+    let request = http::Request::new(tonic::body::Body::new(body));
+    let response = channel.clone().oneshot(request).await?;
+    response.into_body().collect().await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_larger_than_any_window_is_sent_in_parts() {
+    // Given a server that counts what comes, and answers at the end
+    const SIZE: usize = (1 << 31) + 10;
+    let came = Arc::new(AtomicUsize::new(0));
+    let of = came.clone();
+    let fake = Fake::streams(move |_, request, respond| {
+        let of = of.clone();
+        tokio::spawn(async move {
+            let mut body = request.into_body();
+            while let Some(Ok(data)) = body.data().await {
+                of.fetch_add(data.len(), SeqCst);
+                let _ = body.flow_control().release_capacity(data.len());
+            }
+            fake::answer(respond);
+        });
+    });
+    let (_manager, channel) = channel_to(&fake.address());
+    // The pages are the system's one of zeros.
+    let large = http_body::Frame::data(Bytes::from(vec![0; SIZE]));
+    raw_call(&channel, [large]).await.unwrap();
+    assert_eq!(came.load(SeqCst), SIZE);
+}
+
+#[tokio::test]
+async fn a_request_whose_trailers_cannot_be_sent_fails_and_has_no_end() {
+    let server = EchoServer::start("a");
+    let (_manager, channel) = channel_to(&server.address());
+    let mut trailers = http::HeaderMap::new();
+    trailers.insert("connection", http::HeaderValue::from_static("close"));
+    let frames = [http_body::Frame::trailers(trailers)];
+    let result = time::timeout(Duration::from_secs(5), raw_call(&channel, frames));
+    let error = result.await.expect("it hangs").unwrap_err();
+    assert_eq!(error.kind(), Kind::RequestBody, "{error}");
+    call(&channel).await.unwrap();
 }

@@ -38,7 +38,9 @@ pub struct PoolConfig {
 // === impl PoolConfig ===
 
 impl PoolConfig {
-    /// How long one attempt to connect may take, name resolution included. Default 30 s; 1 ms to 10 min.
+    /// How long one attempt to connect an instance may take, name resolution included. Default 30 s; 1 ms to 10 min. Further
+    /// connections to one that is connected have 20 s, see
+    /// [`max_connections`](crate::transport::Connector::max_connections).
     ///
     /// # Errors
     ///

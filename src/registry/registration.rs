@@ -291,6 +291,10 @@ impl Registration {
     /// # Errors
     ///
     /// As [`Registration::update`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`Registration::update`].
     pub async fn stopping(&mut self) -> Result<(), Error> {
         self.update(|session| session.with_stopping(true)).await
     }

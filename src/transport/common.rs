@@ -54,6 +54,8 @@ struct Life {
     alive: Vec<Arc<Core>>,
     /// No other is let in.
     sealed: bool,
+    /// Nor is one dialled, though others may be needed yet.
+    stays: bool,
     /// Why the last one ended.
     last: Option<Why>,
 }
@@ -101,7 +103,7 @@ impl Common {
         if let Some(why) = core.why_leaving() {
             return Err(error_of(&why));
         }
-        if life.sealed {
+        if life.sealed || life.stays {
             return Err(Error::new(Kind::ConnectionLost).with_reason("no longer wanted"));
         }
         life.alive.push(core.clone());
@@ -140,7 +142,7 @@ impl Common {
         self.slot_free.notify_waiters();
     }
 
-    /// No other connection is let in: nobody is left to use one, or whoever is there now may be another.
+    /// No other connection is let in: nobody is left to use one.
     pub(super) fn seal(&self) {
         let told = {
             let mut life = self.lock();
@@ -152,6 +154,11 @@ impl Common {
 
     pub(super) fn is_sealed(&self) -> bool {
         self.lock().sealed
+    }
+
+    /// Whether nobody is to be dialled any more, whatever else may be done.
+    pub(super) fn stays(&self) -> bool {
+        self.lock().stays
     }
 
     /// What follows from which connections there are. `why` is what has just happened to one of them: of all that take no new
@@ -290,7 +297,8 @@ impl Lifeline for Common {
     }
 
     fn stop_dialling(&self) {
-        self.seal();
+        self.lock().stays = true;
+        self.news.notify_one();
     }
 
     fn has_served(&self) -> bool {

@@ -81,14 +81,15 @@ pub struct Connector {
 }
 
 /// How many connections are opened at once beside those that their peers have, by all clones of a connector: as many as a
-/// pool makes of first ones.
+/// pool makes of first ones. One that takes longer than [`in_turn`](crate::endpoint::turn::in_turn) gives it counts no more.
 const TURNS: usize = 64;
 
 // === impl Connector ===
 
 impl Connector {
-    /// The defaults: keepalive every 10 s with a timeout of 20 s, idle or not; windows of 2 MiB for a
-    /// stream and 8 MiB for a connection.
+    /// The defaults: plaintext, straight to the peer; keepalive every 10 s with a timeout of 20 s, idle or not; windows of 2 MiB
+    /// for a stream and 8 MiB for a connection; frames of up to 64 KiB from the peer, headers of up to 64 KiB to it; up to 4
+    /// connections to a peer, of any age, a spare one for 30 s.
     pub fn new() -> Self {
         Self {
             keepalive_interval: Some(Duration::from_secs(10)),
@@ -124,7 +125,10 @@ impl Connector {
     ///
     /// gRPC's own servers may mind being pinged more often than every 5 minutes (`too_many_pings`), and close the connection;
     /// the interval of later connections to that address is doubled then, each time, up to 10 minutes, and
-    /// is as configured again a day after it last minded. tonic's servers do not mind.
+    /// is as configured again a day after it last minded. tonic's servers do not mind. Calls on the connection that it closes fail:
+    /// with the default, those to which such a server has said nothing for about 40 s, and twice as long each time after that.
+    /// A program that has such calls and such servers, and cannot configure these (`GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS`
+    /// in the C core, `keepalive.EnforcementPolicy` in Go), is better off with an interval of 5 minutes.
     ///
     /// # Errors
     ///
@@ -208,7 +212,7 @@ impl Connector {
     /// connection has had more than 32 calls for 15 ms: threads that share one connection wait for its lock and its task.
     /// A peer that allows no streams at all is not asked on another. It is opened by a task beside the calls, one at a time,
     /// within 20 s, and with gRPC's connection backoff after a failure; of all peers of a connector and its clones, 64 are
-    /// being opened at once.
+    /// being opened at once, not counting those that have taken longer than 500 ms.
     ///
     /// # Errors
     ///

@@ -4,12 +4,14 @@
 //! frames costs less than four of one, even with the copy that it takes: requests of 16 KiB messages took a tenth less
 //! processor time, and of 1 MiB a twentieth.
 //!
-//! Which flush is the last one can be told: h2 flushes again when it has no frame left, with nothing written in between. The
-//! connection's task sees to it that one follows, should that change.
+//! Which flush is the last one can be told: after a frame whose payload it handed over by itself h2 looks for another, and
+//! flushes again when it has none, with nothing written in between. The connection's task sees to it that one follows, should
+//! that change.
 
 use std::io::IoSlice;
 
-/// What is handed over in parts of this size or more is gathered. Smaller frames h2 gathers by itself.
+/// Frames with a payload of their own are gathered from this size on. Smaller ones h2 gathers by itself, and hands over as one
+/// piece: after that it does not flush again.
 const LARGE: usize = 4 << 10;
 
 /// How much is gathered at most: four frames of the size that most peers allow, 16 KiB, with their heads and small ones
@@ -33,7 +35,8 @@ impl Gather {
     /// nothing is left of that, if they are better written as they are.
     pub(super) fn take(&mut self, bufs: &[IoSlice<'_>]) -> Option<usize> {
         let length = bufs.iter().map(|buf| buf.len()).sum::<usize>();
-        let large = length >= LARGE;
+        // The head of a frame, and its payload behind it.
+        let large = bufs.len() > 1 && length >= LARGE;
         self.large = false;
         // What comes after others waits with them.
         if self.bytes.len() + length > ROOM || (self.bytes.is_empty() && !large) {

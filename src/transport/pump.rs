@@ -7,7 +7,7 @@ use std::{
     future::poll_fn,
     pin::Pin,
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
@@ -25,8 +25,16 @@ use crate::error::{BoxError, Error, Kind, Sent, SharedError};
 #[derive(Debug)]
 pub(super) struct Pump {
     shared: Arc<Shared>,
-    task: AbortOnDrop,
+    /// None where all of the request is h2's already.
+    task: Option<AbortOnDrop>,
 }
+
+/// As much as h2 takes at once: no window is larger.
+const MOST: usize = (1 << 31) - 1;
+
+/// A message of this size or more may wait in h2 for its window, and is taken back from there if the response ends first. The
+/// least frame size that HTTP/2 allows a peer to ask for; what is smaller is not worth it.
+const MAY_WAIT: usize = 16 << 10;
 
 /// What a pump and its task share.
 #[derive(Debug, Default)]
@@ -35,7 +43,19 @@ struct Shared {
     failure: OnceLock<SharedError>,
     /// The stream is not to be reset yet: the task leaves it here when it ends.
     hold: AtomicBool,
-    held: Mutex<Option<SendStream<Bytes>>>,
+    left: Mutex<Left>,
+}
+
+/// What is left of a request once its task has ended.
+#[derive(Debug, Default)]
+enum Left {
+    /// The task is there, or nothing is left.
+    #[default]
+    Nothing,
+    /// It is held, or h2 may still have some of it: until the response ends, which the rest is of no use after.
+    Stream(SendStream<Bytes>),
+    /// The response has ended.
+    Ended,
 }
 
 /// The task's half: the caller's body, and where it goes. Dropped unfinished (the body failed or panicked, or
@@ -45,6 +65,8 @@ struct Sender<B> {
     // None only while it is dropped.
     stream: Option<SendStream<Bytes>>,
     finished: bool,
+    /// The last that was handed over was more than there was room for.
+    exceeds: bool,
     shared: Arc<Shared>,
 }
 
@@ -68,6 +90,7 @@ impl Pump {
             body,
             stream: Some(stream),
             finished: false,
+            exceeds: false,
             shared: shared.clone(),
         };
         let task = runtime.spawn(async move {
@@ -80,8 +103,29 @@ impl Pump {
         });
         Self {
             shared,
-            task: AbortOnDrop::new(task.abort_handle()),
+            task: Some(AbortOnDrop::new(task.abort_handle())),
         }
+    }
+
+    /// Sends a message that is all of the request. Returns what has to be kept until the response ends, if anything does; none
+    /// if h2 does not take so much at once, and the message.
+    pub(super) fn send_all(
+        mut stream: SendStream<Bytes>,
+        message: Bytes,
+    ) -> Result<Option<Self>, (SendStream<Bytes>, Bytes)> {
+        let length = message.len();
+        if length > MOST {
+            return Err((stream, message));
+        }
+        // That the stream is over already the response says.
+        let _ = stream.send_data(message, true);
+        Ok((length >= MAY_WAIT).then(|| Self {
+            shared: Arc::new(Shared {
+                left: Mutex::new(Left::Stream(stream)),
+                ..Shared::default()
+            }),
+            task: None,
+        }))
     }
 
     /// The request body's own error, if that is what ended the call.
@@ -96,9 +140,32 @@ impl Pump {
     /// Ends the request where it is and lets go of the body, but keeps the stream until this is dropped.
     pub(super) fn hold(&mut self) {
         self.shared.hold.store(true, Ordering::Release);
-        self.task.abort();
+        if let Some(task) = &self.task {
+            task.abort();
+        }
     }
 }
+
+impl Drop for Pump {
+    fn drop(&mut self) {
+        // A stream that a server has answered in full without a word of the rest counts for as long as h2 has some of that: as
+        // one of those that the peer allows, and in memory. Where all was sent this does nothing.
+        let left = std::mem::replace(&mut *self.shared.left(), Left::Ended);
+        if let Left::Stream(mut stream) = left {
+            stream.send_reset(Reason::CANCEL);
+        }
+    }
+}
+
+// === impl Shared ===
+
+impl Shared {
+    fn left(&self) -> MutexGuard<'_, Left> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl Sender ===
 
 impl<B> Sender<B>
 where
@@ -139,10 +206,14 @@ where
             Ok(data) => self.send_data(data).await,
             Err(frame) => {
                 if let (Ok(trailers), Some(stream)) = (frame.into_trailers(), &mut self.stream) {
+                    if let Err(error) = stream.send_trailers(trailers) {
+                        // Of HTTP/1 as a connection's own, say: the request has no end then, and is reset.
+                        let _ = self.shared.failure.set(Arc::from(BoxError::from(error)));
+                        return Err(Over);
+                    }
                     self.finished = true;
-                    let _ = stream.send_trailers(trailers);
                 }
-                Ok(())
+                return Ok(());
             }
         };
         self.finished |= sent.is_err();
@@ -151,13 +222,17 @@ where
 
     /// Hands it to h2 as a whole once there is room for some of it: it is in memory anyway, and h2 cuts it to what the windows
     /// allow without waking this task for each part. So h2 has what is in the window, and one frame of the body.
-    async fn send_data(&mut self, data: Bytes) -> Result<(), Over> {
-        if data.is_empty() {
-            return Ok(());
+    async fn send_data(&mut self, mut data: Bytes) -> Result<(), Over> {
+        while !data.is_empty() {
+            self.stream()?.reserve_capacity(1);
+            poll_fn(|cx| self.poll_room(cx)).await?;
+            let part = data.split_to(data.len().min(MOST));
+            let stream = self.stream()?;
+            let exceeds = part.len() > stream.capacity();
+            stream.send_data(part, false).map_err(|_| Over)?;
+            self.exceeds = exceeds;
         }
-        self.stream()?.reserve_capacity(1);
-        poll_fn(|cx| self.poll_room(cx)).await?;
-        self.stream()?.send_data(data, false).map_err(|_| Over)
+        Ok(())
     }
 
     /// Until h2 may send more of this stream than it has.
@@ -195,12 +270,17 @@ impl<B> Drop for Sender<B> {
         let Some(mut stream) = self.stream.take() else {
             return;
         };
-        if self.shared.hold.load(Ordering::Acquire) {
-            let held = &self.shared.held;
-            *held.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
-            return;
+        let holds = self.shared.hold.load(Ordering::Acquire);
+        if holds || (self.finished && self.exceeds) {
+            match &mut *self.shared.left() {
+                Left::Ended => {}
+                left => {
+                    *left = Left::Stream(stream);
+                    return;
+                }
+            }
         }
-        if !self.finished {
+        if !self.finished || self.exceeds {
             if std::thread::panicking() {
                 let why = BoxError::from("the request body panicked");
                 let _ = self.shared.failure.set(Arc::from(why));

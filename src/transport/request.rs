@@ -102,7 +102,7 @@ impl Connection {
         let end = matches!(ahead, Ahead::Complete(None));
         let taken = self.slot.take();
         let slot = taken.unwrap_or_else(|| self.core.take_slot());
-        let (response, mut stream) = match self.send.send_request(head, end) {
+        let (response, stream) = match self.send.send_request(head, end) {
             Ok(started) => started,
             Err(error) => return Err(self.unsent(error)),
         };
@@ -111,10 +111,13 @@ impl Connection {
         let pump = match ahead {
             Ahead::Complete(None) => None,
             // A message and the end of the stream in one frame; h2 splits it if the window is small.
-            Ahead::Complete(Some(message)) => {
-                let _ = stream.send_data(message, true);
-                None
-            }
+            Ahead::Complete(Some(message)) => match Pump::send_all(stream, message) {
+                Ok(pump) => pump,
+                Err((stream, message)) => {
+                    let queued = [Some(Frame::data(message)), None];
+                    Some(Pump::start(&self.core.common.runtime, stream, queued, body))
+                }
+            },
             Ahead::Partial(first, second) => {
                 let queued = [first, second];
                 Some(Pump::start(&self.core.common.runtime, stream, queued, body))

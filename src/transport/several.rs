@@ -236,8 +236,7 @@ impl Set {
     }
 
     fn pick_of(&self, open: &[Member]) -> Pick {
-        // Each look but the last has ruled one out, or somebody else has taken a stream. Whoever loses so often may wait: by
-        // then there is hardly room.
+        // Each look but the last has ruled one out, or somebody else has taken a stream.
         for _ in 0..2 * open.len() {
             let mut usable = false;
             let mut best: Option<(&Member, usize)> = None;
@@ -266,7 +265,16 @@ impl Set {
                 Some(picked) => return picked,
             }
         }
-        Pick::Full
+        // It has lost each race, and there may be room yet. Who waits has seen each of them full: the next stream of any is told.
+        let mut usable = false;
+        for member in open.iter().filter(|m| !m.connection.core.is_leaving()) {
+            match member.picked() {
+                Some(Pick::Full) => usable = true,
+                Some(picked) => return picked,
+                None => {}
+            }
+        }
+        if usable { Pick::Full } else { Pick::Over }
     }
 
     /// Any of them, whether it has a stream or not.

@@ -158,6 +158,8 @@ impl<I: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Socket<I> {
             if let Some(taken) = self.gather.take(bufs) {
                 return Poll::Ready(Ok(taken));
             }
+            // Whichever write comes first writes what a flush was put off for, now or when the socket takes it.
+            self.core.owes_a_flush(false);
             if self.gather.rest().is_empty() {
                 return self.poll_written(cx, |io, cx| io.poll_write_vectored(cx, bufs));
             }

@@ -112,7 +112,7 @@ impl EtcdRegistry {
     /// A registry at these endpoints, each `http://host:port`, with its keys under this prefix: a namespace of its
     /// own. Others have [`EtcdRegistry::builder`].
     ///
-    /// It does no I/O and is ready at once; that it is async leaves room for what may need some.
+    /// It does no I/O and is ready at once; that it is async leaves room for what may need some. Cancel safe.
     ///
     /// # Errors
     ///
@@ -243,7 +243,7 @@ impl EtcdBuilder {
         self
     }
 
-    /// The registry. It does no I/O.
+    /// The registry. It does no I/O. Cancel safe.
     ///
     /// # Errors
     ///

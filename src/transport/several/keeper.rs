@@ -137,7 +137,11 @@ impl Keeper {
         let room = open.len() + one_more < self.connector.size.most;
         // Both are asked each time: what they say to be paused by has to be ahead.
         let (grows, renews) = (self.growth.may_begin(now), self.renewal.may_begin(now));
-        let grows = grows && room;
+        let dials = !self.common.stays();
+        if !dials {
+            (self.growth.dial, self.renewal.dial) = (None, None);
+        }
+        let (grows, renews) = (grows && room && dials, renews && dials);
         // Where none can be had, it is not asked: who finds that so would wake this task each time.
         let told = grows && self.common.take_full();
         let full = told || std::mem::take(&mut self.was_full) || self.common.is_full();
@@ -179,6 +183,12 @@ impl Keeper {
                 if let Some(least) = least.min_by_key(|m| m.connection.streams()) {
                     let core = least.connection.core.clone();
                     drop(open);
+                    // What was to take its place would be one too many again.
+                    let renewed = self.renewal.dial.as_ref();
+                    let renewed = renewed.and_then(|dial| dial.replaces.as_ref());
+                    if renewed.is_some_and(|renewed| Arc::ptr_eq(renewed, &core)) {
+                        self.renewal.dial = None;
+                    }
                     set.replace(&core, None);
                     core.leave(|| "fewer connections would do".to_owned());
                     // Look again, at what is there now.
