@@ -57,6 +57,14 @@
 //! also carry whom they are for, and a server that is another instance by now refuses them:
 //! [`Kind::OtherInstance`].
 //!
+//! # Its connections
+//!
+//! A [`Connector`](transport::Connector) says how peers are reached: over TCP or Unix domain sockets, through a proxy or a dialer of one's
+//! own, in plaintext or over TLS and mutual TLS, with certificates that are reloaded while it runs. A peer has one connection, and more
+//! where it allows no more streams or where several threads make many calls. One that is too old, has other certificates or
+//! leads to where its peer no longer is takes calls until another can. The page [`transport::from_tonic`] maps the options
+//! of tonic's `Endpoint`.
+//!
 //! # What it tells
 //!
 //! [`watch`](ConnectionManager::watch) is a stream of a role's instances, [`channels`](ConnectionManager::channels)

@@ -246,6 +246,56 @@ async fn a_server_that_asks_for_a_client_certificate_gets_it() {
     client.echo().unary(message("hello")).await.unwrap();
 }
 
+// The store is the environment's, which a process may not change while its threads run: so this test is also the program that it
+// starts, each time with another store.
+#[tokio::test]
+async fn the_platforms_roots_are_believed_and_no_others() {
+    const SERVER: &str = "SWITCHBOARD_TEST_SERVER";
+    if let Ok(address) = std::env::var(SERVER) {
+        // In the program: what came of it goes out.
+        let connected = match TlsConfig::new().native_roots() {
+            Ok(config) => {
+                let connector = Connector::new().tls(config).unwrap();
+                let connecting = connector.connect_to(&address).await;
+                connecting.map(drop).map_err(|error| error.to_string())
+            }
+            Err(error) => Err(error.to_string()),
+        };
+        println!("came of it: {connected:?}");
+        return;
+    }
+    let (ca, other) = (Ca::new("ca"), Ca::new("other"));
+    let server = server(presenting(&ca.issue(&["127.0.0.1"])));
+    let folder = std::env::temp_dir().join(format!("switchboard-roots-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let with_store = async |pem: &str| {
+        let store = folder.join("store.pem");
+        std::fs::write(&store, pem).unwrap();
+        let program = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "the_platforms_roots_are_believed_and_no_others"])
+            .arg("--nocapture")
+            .env(SERVER, server.address())
+            .env("SSL_CERT_FILE", &store)
+            .env_remove("SSL_CERT_DIR")
+            .output()
+            .unwrap();
+        String::from_utf8(program.stdout).unwrap()
+    };
+    let both = with_store(&format!("{}{}", other.pem(), ca.pem())).await;
+    assert!(both.contains("came of it: Ok(())"), "{both}");
+    let others = with_store(&other.pem()).await;
+    assert!(
+        others.contains("UnknownIssuer") || others.contains("unknown issuer"),
+        "{others}"
+    );
+    let none = with_store("").await;
+    assert!(
+        none.contains("the platform's CA certificates: none was found"),
+        "{none}"
+    );
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
 #[tokio::test]
 async fn roots_and_identity_may_come_from_files_and_roots_add_up() {
     let (ca, other, clients) = (Ca::new("ca"), Ca::new("other"), Ca::new("clients"));

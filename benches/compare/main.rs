@@ -1,4 +1,4 @@
-//! `cargo bench --bench compare [-- pool | layers | updates | loopback | connections | bytes | ends | instructions]`: every figure that the crate is judged
+//! `cargo bench --bench compare [-- pool | layers | updates | loopback | connections | bytes | windows | ends | instructions]`: every figure that the crate is judged
 //! by, against what a user would pick instead, in one run of a few minutes.
 //!
 //! Shared machines stall often. So the candidates take turns, slice by slice; of several short slices in
@@ -21,6 +21,7 @@ mod loopback;
 mod pool;
 mod report;
 mod updates;
+mod windows;
 
 use std::time::Instant;
 
@@ -47,6 +48,7 @@ fn main() {
         ("loopback", loopback::run),
         ("connections", connections::run),
         ("bytes", bytes::run),
+        ("windows", windows::run),
         ("ends", ends::run),
         ("instructions", instructions::run),
     ] {
