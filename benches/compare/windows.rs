@@ -7,19 +7,11 @@ use std::{
 };
 
 use switchboard::{ConnectionManager, Session, registry::Fixed, transport::Connector};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{
-        TcpListener, TcpStream,
-        tcp::{OwnedReadHalf, OwnedWriteHalf},
-    },
-    sync::mpsc,
-    task::JoinSet,
-    time,
-};
+use tokio::{task::JoinSet, time};
 use tonic::{Status, body::Body, transport::Endpoint};
 use tower::{ServiceExt as _, util::BoxCloneSyncService};
 
+use self::afar::Afar;
 use crate::{
     report::{info, micros},
     support::{
@@ -30,6 +22,10 @@ use crate::{
     },
 };
 
+#[path = "../../tests/support/afar.rs"]
+#[allow(unreachable_pub, reason = "the tests' too")]
+mod afar;
+
 const ROUNDS: usize = 5;
 const SLICE: Duration = Duration::from_millis(400);
 
@@ -39,13 +35,15 @@ const ROUND_TRIP: Duration = Duration::from_millis(10);
 /// Of the messages of an answer.
 const MESSAGE: u32 = 16 << 10;
 
-const SIZES: [Windows; 8] = [
+const SIZES: [Windows; 10] = [
     Windows::Kib(64),
     Windows::Kib(256),
     Windows::Kib(1024),
     Windows::Kib(2048),
     Windows::Kib(4096),
     Windows::Kib(16384),
+    Windows::Adaptive(2048),
+    Windows::Adaptive(16384),
     Windows::Tonic,
     Windows::TonicAdaptive,
 ];
@@ -55,6 +53,8 @@ const SIZES: [Windows; 8] = [
 enum Windows {
     /// Ours, of so many KiB for a stream, and four times that for a connection.
     Kib(u32),
+    /// Ours, adaptive, up to so many KiB.
+    Adaptive(u32),
     Tonic,
     TonicAdaptive,
 }
@@ -66,7 +66,7 @@ pub(crate) fn run() {
     let address = servers.addresses(1)[0];
     let runtime = Threads::Two.runtime();
     runtime.block_on(async {
-        let afar = Afar::of(address).await;
+        let afar = Afar::of(address, ROUND_TRIP / 2).await;
         let (mut rates, mut beside) =
             (vec![Vec::new(); SIZES.len()], vec![Vec::new(); SIZES.len()]);
         for _ in 0..ROUNDS {
@@ -96,6 +96,10 @@ impl Windows {
     fn name(self) -> (String, String) {
         match self {
             Self::Kib(kib) => (format!("{kib}kib"), format!("windows of {kib} KiB")),
+            Self::Adaptive(kib) => {
+                let of = format!("adaptive windows of up to {kib} KiB");
+                (format!("adaptive_{kib}kib"), of)
+            }
             Self::Tonic => ("tonic".to_owned(), "tonic's Channel".to_owned()),
             Self::TonicAdaptive => {
                 let of = "tonic's Channel, http2_adaptive_window";
@@ -107,9 +111,11 @@ impl Windows {
     /// Over one connection.
     async fn connect(self, to: SocketAddr) -> Client {
         let boxed = match self {
-            Self::Kib(kib) => {
+            Self::Kib(kib) | Self::Adaptive(kib) => {
                 let servers = Fixed::new([Session::new("echo", to.to_string())]);
-                let connector = Connector::new().windows(kib << 10, kib << 12);
+                let connector = Connector::new()
+                    .adaptive_windows(matches!(self, Self::Adaptive(_)))
+                    .windows(kib << 10, kib << 12);
                 let connector = connector.and_then(|c| c.max_connections(1));
                 let manager = ConnectionManager::builder(servers.expect("a valid session"))
                     .connector(connector.expect("in bounds"))
@@ -177,64 +183,4 @@ async fn endless(client: &mut Client) -> tonic::Streaming<crate::support::echo::
     };
     let answer = client.download(request).await;
     answer.expect("it is answered").into_inner()
-}
-
-/// A server as it is seen from afar: what is sent comes half a round trip later, however much of it is under way.
-struct Afar {
-    address: SocketAddr,
-    _links: JoinSet<()>,
-}
-
-impl Afar {
-    async fn of(server: SocketAddr) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let address = listener.local_addr().expect("it is bound");
-        let mut accepting = JoinSet::new();
-        accepting.spawn(async move {
-            let mut links = JoinSet::new();
-            while let Ok((client, _)) = listener.accept().await {
-                let Ok(server) = TcpStream::connect(server).await else {
-                    continue;
-                };
-                for socket in [&client, &server] {
-                    let _ = socket.set_nodelay(true);
-                }
-                let ((from_client, to_client), (from_server, to_server)) =
-                    (client.into_split(), server.into_split());
-                links.spawn(carry(from_client, to_server));
-                links.spawn(carry(from_server, to_client));
-            }
-        });
-        Self {
-            address,
-            _links: accepting,
-        }
-    }
-}
-
-async fn carry(mut from: OwnedReadHalf, mut to: OwnedWriteHalf) {
-    let (send, mut under_way) = mpsc::unbounded_channel::<(Instant, Vec<u8>)>();
-    let arrives = async move {
-        while let Some((at, bytes)) = under_way.recv().await {
-            time::sleep_until(at.into()).await;
-            if to.write_all(&bytes).await.is_err() {
-                return;
-            }
-        }
-    };
-    let leaves = async move {
-        loop {
-            let mut bytes = vec![0; 64 << 10];
-            match from.read(&mut bytes).await {
-                Ok(read @ 1..) => {
-                    bytes.truncate(read);
-                    if send.send((Instant::now() + ROUND_TRIP / 2, bytes)).is_err() {
-                        return;
-                    }
-                }
-                _ => return,
-            }
-        }
-    };
-    tokio::join!(arrives, leaves);
 }

@@ -19,6 +19,7 @@ use super::{
     pings::{self, Keepalive},
     slots::Waiting,
     socket::Socket,
+    window,
 };
 use crate::{
     endpoint::{Lifeline, step},
@@ -57,7 +58,15 @@ impl Connection {
     where
         I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let core = Arc::new(Core::new(common.clone(), config.keepalive_interval));
+        let core = Core::new(common.clone(), config.keepalive_interval);
+        let (core, stream_window) = match config.adaptive_windows {
+            true => {
+                let most = config.stream_window;
+                (core.with_adaptive_windows(most), window::LEAST)
+            }
+            false => (core, config.stream_window),
+        };
+        let core = Arc::new(core);
         let io = Socket::new(io, core.clone());
         let failed = |error: h2::Error| {
             Error::new(Kind::ConnectionLost)
@@ -70,7 +79,7 @@ impl Connection {
             // with 64 KiB, and hardly less with 1 MiB. While one comes, other calls' answers wait.
             .max_frame_size(config.max_frame_size)
             .header_table_size(config.header_table_size)
-            .initial_window_size(config.stream_window)
+            .initial_window_size(stream_window)
             .initial_connection_window_size(config.connection_window)
             // h2's guards against hostile peers count what honest ones do too: small messages that nobody has read
             // yet and, over a connection's whole life, frames for calls that were cancelled. One caller's would

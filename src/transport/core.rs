@@ -18,6 +18,7 @@ use super::{
     frames::GoAway,
     resets::Resets,
     slots::Slots,
+    window::Window,
 };
 use crate::{
     error::{Error, Kind, Sent},
@@ -43,6 +44,8 @@ pub(super) struct Core {
     flush_owed: AtomicBool,
     /// Whether keepalive has ever pinged.
     kept_alive: AtomicBool,
+    /// Of its streams, where that follows the path.
+    window: Option<Window>,
     /// When something was last read, in nanoseconds after `born`.
     last_read: AtomicU64,
     born: Instant,
@@ -80,6 +83,7 @@ impl Core {
             limit: AtomicU64::new(NONE),
             flush_owed: AtomicBool::new(false),
             kept_alive: AtomicBool::new(false),
+            window: None,
             last_read: AtomicU64::new(0),
             born: Instant::now(),
             why_leaving: OnceLock::new(),
@@ -88,6 +92,12 @@ impl Core {
             ended: CancellationToken::new(),
             task: OnceLock::new(),
         }
+    }
+
+    /// The same with windows of its streams that follow the path, up to this.
+    pub(super) fn with_adaptive_windows(mut self, most: u32) -> Self {
+        self.window = Some(Window::new(most));
+        self
     }
 
     /// The task whose end is the connection's.
@@ -205,8 +215,16 @@ impl Core {
         self.kept_alive.store(true, Ordering::Relaxed);
     }
 
-    /// Something was just read.
-    pub(super) fn read(&self) {
+    /// The window of its streams, where that follows the path.
+    pub(super) fn window(&self) -> Option<&Window> {
+        self.window.as_ref()
+    }
+
+    /// So much was just read.
+    pub(super) fn read(&self, bytes: usize) {
+        if let Some(window) = &self.window {
+            window.read(bytes);
+        }
         // A clock read is 24 ns beside a system call of microseconds. 2^64 ns are 584 years.
         let age = self.born.elapsed().as_nanos() as u64;
         self.last_read.store(age, Ordering::Relaxed);

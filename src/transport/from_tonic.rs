@@ -131,7 +131,7 @@
 //! | `Endpoint::http2_keep_alive_interval`, off by default, and `keep_alive_timeout` | [`Connector::keepalive`], on by default |
 //! | `Endpoint::keep_alive_while_idle`, no by default | [`Connector::keepalive_while_idle`], yes by default |
 //! | `Endpoint::initial_stream_window_size`, `initial_connection_window_size` | [`Connector::windows`] |
-//! | `Endpoint::http2_adaptive_window` | none: it starts small and measures, which costs the first large messages their time. The windows are large from the start |
+//! | `Endpoint::http2_adaptive_window` | [`Connector::adaptive_windows`], up to the bounds of [`Connector::windows`] |
 //! | `Endpoint::max_frame_size` | [`Connector::max_frame_size`] |
 //! | `Endpoint::http2_header_table_size` | [`Connector::header_table_size`] |
 //! | `Endpoint::http2_max_header_list_size`, of responses, 16 KiB by default | none: 16 MiB, which is what `h2` has. [`Connector::max_header_list_size`] is another thing: that of requests |
@@ -197,4 +197,5 @@
 //! [`Connector::tcp_user_timeout`]: super::Connector::tcp_user_timeout
 //! [`Connector::user_agent`]: super::Connector::user_agent
 //! [`Connector::windows`]: super::Connector::windows
+//! [`Connector::adaptive_windows`]: super::Connector::adaptive_windows
 //! [`Session`]: crate::Session

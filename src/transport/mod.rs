@@ -32,6 +32,7 @@ mod slots;
 mod socket;
 #[cfg(feature = "tls")]
 mod tls;
+mod window;
 
 #[cfg(feature = "health")]
 pub use self::health::HealthCheck;

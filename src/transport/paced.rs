@@ -77,6 +77,17 @@ where
             // It does not do this: but gathered frames that nobody flushes would wait for whatever comes next.
             cx.waker().wake_by_ref();
         }
+        let this = &mut *self;
+        if let Some(window) = this.core.window()
+            && let Some(next) = window.take_next()
+        {
+            match this.connection.set_initial_window_size(next) {
+                // It is written at the next poll.
+                Ok(()) => cx.waker().wake_by_ref(),
+                // The peer has yet to acknowledge the one before.
+                Err(_) => window.put_back(next),
+            }
+        }
         // Only a full house can have anybody waiting; a lower limit may make one.
         let news = self.core.awaits_limit() || !self.core.has_slot();
         if news && ended.is_pending() {

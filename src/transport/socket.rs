@@ -108,7 +108,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Socket<I> {
         let result = Pin::new(&mut self.io).poll_read(cx, buf);
         let new = &buf.filled()[before..];
         if !new.is_empty() {
-            self.core.read();
+            self.core.read(new.len());
             if !self.heard && new.starts_with(&TLS_ALERT) {
                 let why = "the peer speaks TLS, and was spoken to in plaintext";
                 return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, why)));

@@ -5,6 +5,7 @@
     unreachable_pub,
     reason = "each test file uses its part of it"
 )]
+pub mod afar;
 pub mod certificates;
 pub mod etcd;
 pub mod fake;

@@ -354,3 +354,56 @@ fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
 fn failed(why: impl Into<BoxError>) -> Error {
     Error::new(Kind::ConnectionLost).with_source(why)
 }
+
+#[cfg(test)]
+mod tests {
+    use arc_swap::ArcSwap;
+    use http::HeaderMap;
+
+    use super::*;
+
+    /// The keeper of connections of which there are none, so that nothing but its attempts gives it something to do.
+    fn keeper() -> (Keeper, Arc<Set>) {
+        let connector = Connector::new();
+        let to = connector.dialer.destination("127.0.0.1:1").unwrap();
+        let common = Arc::new(Common::new(to, HeaderMap::new(), &connector));
+        let set = Arc::new(Set {
+            open: ArcSwap::default(),
+            common: common.clone(),
+        });
+        let keeper = Keeper {
+            set: Arc::downgrade(&set),
+            common,
+            sizing: Sizing::new(connector.size),
+            growth: Attempts::default(),
+            renewal: Attempts::default(),
+            was_full: false,
+            tls: 0,
+            tls_due: None,
+            connector,
+        };
+        (keeper, set)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pause_after_a_failure_is_waited_for_once() {
+        for which in [0, 1] {
+            let (mut keeper, set) = keeper();
+            // Given an attempt that failed
+            let attempts = match which {
+                0 => &mut keeper.growth,
+                _ => &mut keeper.renewal,
+            };
+            attempts.failed();
+            let over = attempts.pause.expect("it pauses");
+            // Then it looks again when its pause is over
+            assert_eq!(keeper.decide(&set, false), Some(over));
+            // And when it is, for whatever reason it looks, it is not over again: that would be now, each time.
+            time::sleep_until(over).await;
+            for _ in 0..3 {
+                let next = keeper.decide(&set, false);
+                assert!(next.is_none_or(|next| next > Instant::now()), "{next:?}");
+            }
+        }
+    }
+}
