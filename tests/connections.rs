@@ -23,7 +23,7 @@ use support::{
     sockets_to, tasks,
 };
 use switchboard::{
-    Channel, ConnectionManager, MemoryRegistry, Session,
+    CancelToken, Channel, ConnectionManager, MemoryRegistry, Session,
     pool::status::Connectivity,
     registry::Fixed,
     transport::{Connector, HealthCheck},
@@ -35,7 +35,7 @@ use tokio::{
     task::JoinSet,
     time,
 };
-use tonic::Code;
+use tonic::{Code, Request};
 
 fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
@@ -298,6 +298,44 @@ async fn one_that_is_too_old_is_replaced_and_finishes_its_calls() {
             "{event}"
         );
     }
+}
+
+// Scenario 8; in `tests/calls.rs` it is the server that says goodbye.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_fifty_calls_on_one_that_is_replaced_a_cancel_and_a_timeout_end_two() {
+    let server = EchoServer::start("one");
+    let proxy = Proxy::start(server.address).await;
+    let connector = connector(1).max_age(Some(ms(400))).unwrap();
+    let manager = manager(proxy.address(), connector);
+    let channel = manager.channel("echo");
+    let token = CancelToken::for_call();
+    let calls: Vec<_> = (0..50)
+        .map(|n| {
+            let mut client = EchoClient::new(channel.clone());
+            let mut request = Request::new(slow(2_000));
+            match n {
+                0 => drop(request.extensions_mut().insert(token.clone())),
+                1 => request.set_timeout(ms(900)),
+                _ => {}
+            }
+            tokio::spawn(async move { client.unary(request).await.map_err(|status| status.code()) })
+        })
+        .collect();
+    eventually("all are there", || server.seen.started.load(SeqCst) == 50).await;
+    assert_eq!(proxy.accepted.load(SeqCst), 1);
+    // When another has taken its place, and takes calls
+    eventually("another is there", || proxy.accepted.load(SeqCst) > 1).await;
+    token.cancel();
+    EchoClient::new(channel).unary(quick()).await.unwrap();
+    // Then only those two end before their time.
+    let mut ends = Vec::new();
+    for call in calls {
+        ends.push(call.await.unwrap().map(drop));
+    }
+    assert_eq!(ends[0], Err(Code::Cancelled));
+    assert_eq!(ends[1], Err(Code::DeadlineExceeded));
+    assert!(ends[2..].iter().all(Result::is_ok), "{ends:?}");
+    assert!(proxy.accepted.load(SeqCst) >= 3);
 }
 
 #[tokio::test]
